@@ -1,0 +1,156 @@
+"""CohortFederation: all clients in this process, trained in chunks on one frozen base.
+
+With ``chunk=1`` and the loop lane it is the plain sequential engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedpeft import streams
+from fedpeft.cohort.clients import Memory, RoundInfo, TorchCohort
+from fedpeft.cohort.lanes import Lane
+from fedpeft.config import Local, Rounds
+from fedpeft.data.clients import ClientData, Population
+from fedpeft.evaluate import score_clients
+from fedpeft.federation import Failure
+from fedpeft.local import Progress, Trainer, steps_of
+from fedpeft.metrics import Score
+from fedpeft.model import Network, set_mode
+from fedpeft.strategy import Messages, Strategy
+from fedpeft.tree import Tree
+
+log = logging.getLogger(__name__)
+
+Work = Callable[[Messages, TorchCohort], Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of the recipe a client needs to train: local settings, rounds, seed."""
+
+    local: Local
+    rounds: Rounds
+    seed: int
+
+
+class CohortFederation:
+    """Trains a round's clients in chunks of ``chunk``; see ``fedpeft.federation.Federation``.
+
+    on_chunk: called after each chunk with (clients done in it, tokens trained in it).
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        lane: Lane,
+        population: Population,
+        strategy: Strategy[Any],
+        settings: Settings,
+        chunk: int,
+        on_chunk: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._network = network
+        self._population = population
+        self._data = {client.name: client for client in population.clients}
+        self._strategy = strategy
+        self._settings = settings
+        self._chunk = chunk
+        self._on_chunk = on_chunk
+        self._memory: Memory = {}
+        self._trainer = Trainer(
+            lane, population.task, population.examples, settings.local, network.device
+        )
+
+    def clients(self) -> Mapping[str, int]:
+        return {name: len(self._data[name].train) for name in sorted(self._data)}
+
+    def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure]:
+        for chunk in messages.split(self._chunk):
+            yield from self._isolated(round, chunk, self._train)
+            if self._on_chunk is not None:
+                self._on_chunk(len(chunk), sum(self._tokens(name) for name in chunk.clients))
+
+    def evaluate(self, round: int, messages: Messages) -> Iterator[dict[str, Score] | Failure]:
+        for chunk in messages.split(self._chunk):
+            yield from self._isolated(round, chunk, self._score)
+
+    def memory(self) -> Memory:
+        return self._memory
+
+    def restore(self, memory: Mapping[str, Mapping[str, Tree]]) -> None:
+        self._memory = {client: dict(kept) for client, kept in memory.items()}
+
+    def _isolated(self, round: int, chunk: Messages, work: Work) -> Iterator[Any]:
+        """Runs ``work`` on a chunk; if it fails, on each client alone, so that one faulty client
+        costs only itself."""
+        try:
+            yield self._on_cohort(round, chunk, work)
+            return
+        except Exception as error:
+            if len(chunk) == 1:
+                log.warning("client %s failed in round %d", chunk.clients[0], round, exc_info=error)
+                yield Failure(chunk.clients[0], f"{type(error).__name__}: {error}")
+                return
+        for k in range(len(chunk)):
+            yield from self._isolated(round, chunk.rows([k]), work)
+
+    def _on_cohort(self, round: int, chunk: Messages, work: Work) -> Any:
+        """``work`` on the chunk's cohort, rows in order of steps, most first, and back again."""
+        data = [self._data[name] for name in chunk.clients]
+        steps = [steps_of(len(c.train), self._settings.local) for c in data]
+        order = sorted(range(len(data)), key=lambda k: -steps[k])
+        own = [data[k] for k in order]
+        memory = {c.name: dict(self._memory.get(c.name, {})) for c in own}
+        progress = Progress(round, self._settings.rounds.count)
+        info = RoundInfo(progress, self._settings.seed)
+        weights = self._weights(own)
+        cohort = TorchCohort(self._network, self._trainer, own, info, weights, memory)
+        with torch.random.fork_rng():
+            torch.manual_seed(
+                streams.derive(self._settings.seed, "dropout", round, chunk.clients[0])
+            )
+            found = work(chunk.rows(order), cohort)
+        self._memory.update({name: kept for name, kept in memory.items() if kept})
+        if not isinstance(found, Messages) or found.clients != cohort.clients:
+            return found
+        back = sorted(range(len(order)), key=lambda i: order[i])
+        return found.rows(back)
+
+    def _train(self, messages: Messages, cohort: TorchCohort) -> Messages:
+        set_mode(self._network.model, True, self._settings.local.base_dropout)
+        return self._strategy.train(messages, cohort)
+
+    def _score(self, messages: Messages, cohort: TorchCohort) -> dict[str, Score]:
+        adapters = self._strategy.personal(messages, cohort)
+        held = [self._data[name].holdout for name in cohort.clients]
+        scores = score_clients(
+            self._network, self._trainer.lane, adapters, held, self._population.examples
+        )
+        return dict(zip(cohort.clients, scores, strict=True))
+
+    def _weights(self, data: list[ClientData]) -> Tensor:
+        return client_weights([len(c.train) for c in data], self._settings.rounds)
+
+    def _tokens(self, name: str) -> int:
+        data, local = self._data[name], self._settings.local
+        lengths = self._population.examples.lengths[torch.from_numpy(data.train)]
+        per_example = float(lengths.double().mean())
+        if local.steps:
+            seen = local.steps * min(len(data.train), local.batch_size * local.accumulate)
+        else:
+            seen = local.epochs * len(data.train)
+        return int(per_example * seen)
+
+
+def client_weights(examples: list[int], rounds: Rounds) -> Tensor:
+    """Aggregation weights ``[K]`` (float64) that the recipe gives clients of these sizes."""
+    if rounds.weighting == "equal":
+        return torch.ones(len(examples), dtype=torch.float64)
+    return torch.tensor(examples, dtype=torch.float64)

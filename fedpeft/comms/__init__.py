@@ -1,0 +1,1 @@
+"""Communication: what is sent, and what it costs in bytes."""

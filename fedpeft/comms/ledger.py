@@ -1,0 +1,78 @@
+"""The byte ledger: what every message costs, by kind, from the exact size formula.
+
+The formula is Flower's: a tensor costs its ``.npy`` serialisation (header included) plus its name,
+a scalar 8 bytes plus its name, a blob its length plus its name. A test proves it against what
+``fedpeft.flower`` really serialises.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import torch
+
+from fedpeft.model import kind_of
+from fedpeft.strategy import Message, Messages
+
+Bytes = dict[str, int]
+"""Bytes by kind: ``adapter``, ``head``, ``scalar``, ``blob``."""
+
+
+@cache
+def _header(dtype: str, shape: tuple[int, ...]) -> int:
+    out = io.BytesIO()
+    described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(out, described)
+    return out.tell()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of one tensor as ``.npy``."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return _header(kind, tuple(tensor.shape)) + tensor.numel() * tensor.element_size()
+
+
+def message_bytes(message: Message) -> Bytes:
+    """Bytes of one message by kind."""
+    found: Counter[str] = Counter()
+    for tree in message.trees.values():
+        for name, tensor in tree.items():
+            found[kind_of(name)] += tensor_bytes(tensor) + len(name.encode())
+    for name in message.scalars:
+        found["scalar"] += 8 + len(name.encode())
+    for name, blob in message.blobs.items():
+        found["blob"] += len(blob) + len(name.encode())
+    return dict(found)
+
+
+def stack_bytes(messages: Messages) -> Bytes:
+    """Bytes of all messages of a stack by kind."""
+    if not len(messages):
+        return {}
+    found: Counter[str] = Counter()
+    one = message_bytes(messages[0])
+    for kind, size in one.items():
+        found[kind] = size * len(messages)
+    if messages.blobs:  # the only part whose size may differ from client to client
+        names = sum(len(name.encode()) for name in messages.blobs) * len(messages)
+        found["blob"] = names + sum(len(b) for own in messages.blobs.values() for b in own)
+    return dict(found)
+
+
+@dataclass
+class Ledger:
+    """Running totals, both ways: downlink counts every participant, uplink what was delivered."""
+
+    down: Bytes = field(default_factory=dict)
+    up: Bytes = field(default_factory=dict)
+
+    def add(self, down: Mapping[str, int], up: Mapping[str, int]) -> None:
+        """Adds a round's bytes."""
+        for total, more in ((self.down, down), (self.up, up)):
+            for kind, size in more.items():
+                total[kind] = total.get(kind, 0) + size

@@ -1,0 +1,199 @@
+"""The recipe: one frozen dataclass tree; YAML and ``key=value`` merge into it, unknown keys die.
+
+What changes the result (everything in ``Recipe`` but ``engine`` and ``output``) and what changes
+only the speed (``Engine``) are different dataclasses. A strategy's own settings are checked against
+the strategy's file, an adapter's against peft's configuration class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Model:
+    """The frozen base model.
+
+    name: ``fedpeft-tiny`` (built in), a Hugging Face id, or a local folder. revision: a branch, tag
+    or commit of the hub. pooling: how a classifier reads the encoder; ``auto`` takes the model
+    class that transformers has for sequence classification, ``mean`` averages the token vectors
+    under a linear head. random: ignore the pretrained weights (a control, not a model to use).
+    """
+
+    name: str = "fedpeft-tiny"
+    revision: str | None = None
+    pooling: Literal["auto", "mean"] = "auto"
+    random: bool = False
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the text comes from.
+
+    source: ``pydocs`` (built in), a Hugging Face data set id, or a csv, jsonl or parquet file, or a
+    folder of them named train/test. subset: configuration name on the hub. train, test: split
+    names on the hub, or file names in the folder; without a test split the clients' hold-outs are
+    the test set. text, pair, label: columns. client: the natural-client column. max_length: tokens
+    per example. holdout: share of each client's examples kept as its own test set. limit: use at
+    most so many training rows, drawn by the seed (0: all).
+    """
+
+    source: str = "pydocs"
+    subset: str | None = None
+    train: str = "train"
+    test: str | None = None
+    task: Literal["classification", "causal_lm"] = "classification"
+    text: str = "text"
+    pair: str | None = None
+    label: str = "label"
+    client: str | None = None
+    max_length: int = 64
+    holdout: float = 0.2
+    limit: int = 0
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How rows become clients (flwr-datasets' partitioners).
+
+    kind: ``iid``, ``dirichlet`` (label shares drawn from Dirichlet(alpha)), ``pathological``
+    (``classes`` labels per client), ``shard`` (rows sorted by label, ``shards`` shards per client)
+    or ``natural`` (one client per value of ``data.client``; ``clients`` > 0 keeps the largest).
+    min_examples: the fewest rows that a client may have.
+    """
+
+    kind: Literal["iid", "dirichlet", "pathological", "shard", "natural"] = "iid"
+    clients: int = 10
+    alpha: float = 0.5
+    classes: int = 2
+    shards: int = 2
+    min_examples: int = 2
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which clients take part in a round.
+
+    kind: ``uniform`` (a ``fraction`` of the clients, without replacement), ``fixed`` (``size``
+    clients, without replacement) or ``poisson`` (each independently with probability ``rate``).
+    """
+
+    kind: Literal["uniform", "fixed", "poisson"] = "uniform"
+    fraction: float = 1.0
+    size: int = 10
+    rate: float = 0.1
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The communication rounds.
+
+    count: how many. weighting: ``examples`` (p_k proportional to training examples) or ``equal``.
+    quorum: the share of a round's clients whose valid replies the round needs. failure_rate: the
+    probability that a client drops out of a round (simulated; it may come back in the next).
+    """
+
+    count: int = 5
+    sampling: Sampling = field(default_factory=Sampling)
+    weighting: Literal["examples", "equal"] = "examples"
+    quorum: float = 0.5
+    failure_rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class Local:
+    """Training on a client in one round.
+
+    epochs: passes over the client's data; steps > 0 sets the number of optimizer steps instead.
+    batch_size: examples per forward pass; accumulate: forward passes per optimizer step.
+    schedule: the learning rate over the whole run (``constant``, ``linear`` or ``cosine`` to zero)
+    after ``warmup``, a share of the run. clip_norm: gradient norm bound per client (0: none).
+    precision: ``fp32``, or autocast to ``bf16`` or ``fp16`` with float32 adapters. base_dropout:
+    keep the base model's dropout on; an adapter's own dropout is its own setting.
+    """
+
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    lr: float = 1e-3
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    epochs: int = 1
+    steps: int = 0
+    batch_size: int = 16
+    accumulate: int = 1
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = 0.0
+    clip_norm: float = 0.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    base_dropout: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """When and how the adapter is measured.
+
+    every: rounds between evaluations on the global test set (the last round always counts).
+    clients: also on every client's own hold-out, at the end. local_test: how many test examples
+    each local-only adapter of the baseline is measured on (0: all).
+    """
+
+    every: int = 1
+    clients: bool = True
+    local_test: int = 500
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the run is computed; changes the speed, not the result.
+
+    kind: ``cohort`` (clients batched through one base), ``sequential`` (one after another) or
+    ``flower`` (Flower's simulation on Ray). chunk: clients per batch (0: chosen by memory).
+    device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``. threads: torch threads (0: torch's choice).
+    workers: Flower's concurrent clients (0: one per CPU core).
+    """
+
+    kind: Literal["cohort", "sequential", "flower"] = "cohort"
+    chunk: int = 0
+    device: str = "auto"
+    threads: int = 0
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the run leaves its folder.
+
+    folder: the run folder. overwrite: delete what is there. checkpoint_every: rounds between
+    checkpoints. keep: checkpoints kept.
+    """
+
+    folder: str = "runs/latest"
+    overwrite: bool = False
+    checkpoint_every: int = 1
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run. ``strategy`` and ``adapter`` name their kind and hold that kind's own settings.
+
+    baselines: what the last table compares with: ``untrained``, ``local``, ``centralised``.
+    """
+
+    name: str = "run"
+    seed: int = 0
+    model: Model = field(default_factory=Model)
+    adapter: dict[str, Any] = field(default_factory=lambda: {"kind": "lora", "r": 8})
+    data: Data = field(default_factory=Data)
+    partition: Partition = field(default_factory=Partition)
+    strategy: dict[str, Any] = field(default_factory=lambda: {"name": "fedavg"})
+    rounds: Rounds = field(default_factory=Rounds)
+    local: Local = field(default_factory=Local)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    baselines: tuple[Literal["untrained", "local", "centralised"], ...] = (
+        "untrained",
+        "local",
+        "centralised",
+    )
+    engine: Engine = field(default_factory=Engine)
+    output: Output = field(default_factory=Output)

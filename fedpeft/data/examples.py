@@ -1,0 +1,92 @@
+"""Tokenised examples in two flat arrays, and the batches that cohorts train on.
+
+Examples of any length lie one behind another in ``tokens``; a client is a vector of example
+numbers. A batch of K clients is client-major: rows ``k*b .. (k+1)*b - 1`` belong to client k, so
+that ``[K*b, ...]`` reshapes to ``[K, b, ...]`` without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""The label of a position that no loss counts (PyTorch's convention)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model input for K clients of b rows each, padded right to the longest row.
+
+    tokens: int64 ``[K*b, T]``. mask: int64 ``[K*b, T]``, 1 on real tokens, or None when nothing is
+    padded. labels: int64; classification ``[K*b]``; causal language modelling ``[K*b, T]`` (not
+    shifted, IGNORED where nothing is predicted). Absent rows (a client with fewer examples) have
+    one real token and only IGNORED labels: they contribute nothing.
+    """
+
+    tokens: Tensor
+    mask: Tensor | None
+    labels: Tensor
+    clients: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on ``device``."""
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
+        return Batch(
+            self.tokens.to(device, non_blocking=True),
+            mask,
+            self.labels.to(device, non_blocking=True),
+            self.clients,
+        )
+
+
+@dataclass(frozen=True)
+class Examples:
+    """N tokenised examples.
+
+    tokens: int32 ``[total]``; starts: int64 ``[N + 1]``; example i is
+    ``tokens[starts[i]:starts[i+1]]``, at least one token. labels: int64 ``[N]`` class numbers, or
+    None for causal language modelling, where the tokens are their own labels. pad: the pad token.
+    """
+
+    tokens: Tensor
+    starts: Tensor
+    labels: Tensor | None
+    pad: int
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens per example, int64 ``[N]``."""
+        return self.starts[1:] - self.starts[:-1]
+
+    def batch(self, index: Tensor) -> Batch:
+        """The batch of examples ``index``, int64 ``[K, b]``; -1 marks an absent row."""
+        clients, flat = index.shape[0], index.reshape(-1)
+        absent = flat < 0
+        at = flat.clamp(min=0)
+        length = self.lengths[at].masked_fill(absent, 1)
+        position = torch.arange(int(length.max()) if len(length) else 0)
+        real = position < length[:, None]  # [K*b, T]
+        where = (self.starts[at][:, None] + position).clamp(max=len(self.tokens) - 1)
+        tokens = torch.where(real, self.tokens[where].long(), self.pad)
+        counted = real & ~absent[:, None]
+        if self.labels is None:
+            labels = torch.where(counted, tokens, IGNORED)
+        else:
+            labels = self.labels[at].masked_fill(absent, IGNORED)
+        padded = bool((length < len(position)).any())
+        return Batch(tokens, real.long() if padded else None, labels, clients)
+
+
+def flatten(rows: Sequence[Sequence[int]], labels: Sequence[int] | None, pad: int) -> Examples:
+    """Examples from lists of token numbers (each non-empty) and, for classification, labels."""
+    lengths = torch.tensor([0, *(len(r) for r in rows)], dtype=torch.int64)
+    tokens = torch.tensor([t for r in rows for t in r], dtype=torch.int32)
+    numbers = None if labels is None else torch.tensor(list(labels), dtype=torch.int64)
+    return Examples(tokens, lengths.cumsum(0), numbers, pad)

@@ -1,0 +1,143 @@
+"""The round loop: sample, send, train, check, receive. Knows no algorithm, no transport, no files."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedpeft import sampling
+from fedpeft.cohort.federation import client_weights
+from fedpeft.comms.ledger import Bytes, stack_bytes
+from fedpeft.config import Rounds
+from fedpeft.errors import QuorumError
+from fedpeft.federation import Failure, Federation
+from fedpeft.strategy import Messages, Strategy
+from fedpeft.tree import Tree
+from fedpeft.validate import check_stack
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What happened in a round.
+
+    sampled: clients drawn. dropped: of these, the ones that dropped out (simulated). excluded:
+    client -> why its training failed or its reply was refused. replied: clients in the aggregate.
+    loss: mean training loss of the replies, by weight. down, up: bytes by kind. seconds: wall time.
+    """
+
+    round: int
+    sampled: tuple[str, ...]
+    dropped: tuple[str, ...]
+    excluded: dict[str, str]
+    replied: int
+    loss: float
+    down: Bytes
+    up: Bytes
+    seconds: float
+
+
+@dataclass
+class _Intake:
+    """Checks replies as they stream into ``receive``, and keeps the round's books."""
+
+    like: Mapping[str, Tree]
+    weights: Mapping[str, float]
+    excluded: dict[str, str] = field(default_factory=dict)
+    up: Bytes = field(default_factory=dict)
+    replied: int = 0
+    loss_sum: float = 0.0
+    weight_sum: float = 0.0
+
+    def stream(self, replies: Iterator[Messages | Failure]) -> Iterator[Messages]:
+        for reply in replies:
+            if isinstance(reply, Failure):
+                self.excluded[reply.client] = reply.reason
+                continue
+            for kind, size in stack_bytes(reply).items():
+                self.up[kind] = self.up.get(kind, 0) + size
+            good, reasons = check_stack(reply, self.like, self.weights)
+            self.excluded.update(reasons)
+            if len(good):
+                self._count(good)
+                yield good
+
+    def _count(self, good: Messages) -> None:
+        self.replied += len(good)
+        weight = good.scalars["weight"]
+        self.weight_sum += float(weight.sum())
+        if "loss" in good.scalars:
+            self.loss_sum += float((weight * good.scalars["loss"]).sum())
+
+
+def play_round(
+    strategy: Strategy[Any],
+    state: Any,
+    federation: Federation,
+    rounds: Rounds,
+    seed: int,
+    number: int,
+) -> tuple[Any, RoundReport]:
+    """One round: the state after it and what happened. ``number`` counts from 1.
+
+    A round that Poisson sampling leaves empty keeps the state. Raises QuorumError when fewer valid
+    replies come back than ``rounds.quorum`` of the clients sampled; the state is then unchanged.
+    """
+    began = time.perf_counter()
+    sizes = federation.clients()
+    names = sampling.draw(rounds.sampling, tuple(sizes), seed, number)
+    lost = sampling.draw_failures(rounds.failure_rate, names, seed, number)
+    if not names:
+        empty = RoundReport(number, (), (), {}, 0, math.nan, {}, {}, time.perf_counter() - began)
+        return state, empty
+    sent = strategy.send(state, number, names)
+    down = stack_bytes(sent)
+    present = [k for k, name in enumerate(names) if name not in lost]
+    if not present:
+        raise QuorumError(_short(number, names, 0, rounds, {name: "dropped out" for name in lost}))
+    messages = sent.rows(present)
+    weight = client_weights([sizes[n] for n in messages.clients], rounds)
+    like = strategy.expects(messages[0])
+    intake = _Intake(like, dict(zip(messages.clients, weight.tolist(), strict=True)))
+    stream = intake.stream(federation.run(number, messages))
+    first = next(stream, None)
+    after = state if first is None else strategy.receive(state, _chain(first, stream))
+    for _ in stream:  # whatever the strategy left unread still counts in the books
+        pass
+    if intake.replied < max(1, math.ceil(rounds.quorum * len(names))):
+        reasons = {**dict.fromkeys(sorted(lost), "dropped out"), **intake.excluded}
+        raise QuorumError(_short(number, names, intake.replied, rounds, reasons))
+    report = RoundReport(
+        round=number,
+        sampled=names,
+        dropped=tuple(sorted(lost)),
+        excluded=dict(sorted(intake.excluded.items())),
+        replied=intake.replied,
+        loss=intake.loss_sum / intake.weight_sum,
+        down=down,
+        up=intake.up,
+        seconds=time.perf_counter() - began,
+    )
+    return after, report
+
+
+def _chain(first: Messages, rest: Iterator[Messages]) -> Iterator[Messages]:
+    yield first
+    yield from rest
+
+
+def _short(
+    number: int,
+    names: tuple[str, ...],
+    replied: int,
+    rounds: Rounds,
+    reasons: Mapping[str, str],
+) -> str:
+    some = "; ".join(f"{client}: {why}" for client, why in list(reasons.items())[:3])
+    return (
+        f"round {number}: {replied} valid replies of {len(names)} clients, fewer than "
+        f"rounds.quorum={rounds.quorum} asks for ({some}). The adapter of the round before is kept; "
+        f"mend the clients or lower rounds.quorum, then resume."
+    )

@@ -1,0 +1,162 @@
+"""From a recipe to everything a run trains with; the same in every process that works on the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fedpeft import sampling
+from fedpeft.cohort.choose import choose_lane
+from fedpeft.cohort.chunk import choose
+from fedpeft.cohort.federation import CohortFederation, Settings
+from fedpeft.cohort.lanes import Lane, LoopLane
+from fedpeft.config import Recipe
+from fedpeft.data.build import build_population, pool
+from fedpeft.data.clients import Population
+from fedpeft.errors import FedpeftError
+from fedpeft.model import Network, attach, build_network, load_base, load_tokenizer
+from fedpeft.strategy import Problem, Strategy, build
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe's strategy, data, model and lane."""
+
+    recipe: Recipe
+    strategy: Strategy[Any]
+    population: Population
+    network: Network
+    lane: Lane
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def settings(self) -> Settings:
+        """What a client needs to train."""
+        return Settings(self.recipe.local, self.recipe.rounds, self.recipe.seed)
+
+    @property
+    def problem(self) -> Problem:
+        """What the strategy may know before round 1."""
+        return Problem(
+            initial=self.network.initial,
+            scaling=self.network.scaling,
+            clients=tuple(sorted(client.name for client in self.population.clients)),
+            rounds=self.recipe.rounds.count,
+            seed=self.recipe.seed,
+        )
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Tokens of the longest example: what a padded row can cost."""
+        return int(self.population.examples.lengths.max())
+
+    @property
+    def chunk(self) -> int:
+        """Clients that train at once."""
+        if self.recipe.engine.kind != "cohort" or isinstance(self.lane, LoopLane):
+            return 1
+        wanted = self.recipe.engine.chunk
+        return wanted or choose(self.network, self.recipe.local, self.tokens_per_row)
+
+    def federation(self, strategy: Strategy[Any] | None = None) -> CohortFederation:
+        """The in-process federation of the run's clients."""
+        return CohortFederation(
+            self.network,
+            self.lane,
+            self.population,
+            strategy or self.strategy,
+            self.settings,
+            self.chunk,
+        )
+
+
+def device_of(name: str) -> torch.device:
+    """The device of ``engine.device``. Raises FedpeftError when CUDA is asked for and absent."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise FedpeftError(
+            f"engine.device={name!r} is no device: use auto, cpu, cuda or cuda:N."
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise FedpeftError(
+            f"engine.device={name!r} but this machine has no usable CUDA device: use "
+            f"engine.device=auto or cpu, or install a CUDA build of torch."
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise FedpeftError(
+            f"engine.device={name!r} but there are only {torch.cuda.device_count()} CUDA devices."
+        )
+    return device
+
+
+def build_strategy(recipe: Recipe) -> Strategy[Any]:
+    """The recipe's strategy with its settings checked."""
+    settings = {key: value for key, value in recipe.strategy.items() if key != "name"}
+    return build(str(recipe.strategy.get("name", "fedavg")), settings)
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Loads data and model, attaches the adapter and chooses the lane. Trains nothing."""
+    device = device_of(recipe.engine.device)
+    if recipe.engine.threads:
+        torch.set_num_threads(recipe.engine.threads)
+    strategy = build_strategy(recipe)
+    tokenizer = load_tokenizer(recipe.model, recipe.data.task)
+    population = build_population(recipe.data, recipe.partition, tokenizer, recipe.seed)
+    if strategy.pools:
+        population = pool(population)
+    else:
+        sampling.check(recipe.rounds.sampling, len(population.clients))
+    network = prepare_network(recipe, population, device)
+    looped = recipe.engine.kind != "cohort"
+    lane = LoopLane(network.model) if looped else choose_lane(network, population.examples)
+    return Prepared(recipe, strategy, population, network, lane, tokenizer)
+
+
+def prepare_network(recipe: Recipe, population: Population, device: torch.device) -> Network:
+    """The recipe's base model with its adapter, for the population's task and labels."""
+    task, classes = population.task, len(population.labels)
+    base = load_base(recipe.model, task, classes, population.examples.pad, recipe.seed)
+    start = recipe.adapter.get("start")
+    model = attach(base, recipe.adapter, task, recipe.seed)
+    return build_network(model, task, classes, device, None if start is None else str(start))
+
+
+def as_baseline(prepared: Prepared, name: str, settings: dict[str, Any]) -> Prepared:
+    """The same model and data under another strategy (a reference such as ``local``).
+
+    The reference gets the whole run's local training in one round, with every client: as many
+    passes as a client makes on average over the federated run.
+    """
+    recipe = prepared.recipe
+    strategy = build(name, settings)
+    population = pool(prepared.population) if strategy.pools else prepared.population
+    share = sampling.expected(recipe.rounds.sampling, len(prepared.population.clients)) / len(
+        prepared.population.clients
+    )
+    passes = recipe.rounds.count * share
+    local = recipe.local
+    if local.steps:
+        factor = len(prepared.population.clients) if strategy.pools else 1
+        local = dataclasses.replace(local, steps=max(1, round(local.steps * passes * factor)))
+    else:
+        local = dataclasses.replace(local, epochs=max(1, round(local.epochs * passes)))
+    rounds = dataclasses.replace(
+        recipe.rounds,
+        count=1,
+        failure_rate=0.0,
+        sampling=dataclasses.replace(recipe.rounds.sampling, kind="uniform", fraction=1.0),
+    )
+    changed = dataclasses.replace(
+        recipe, strategy={"name": name, **settings}, rounds=rounds, local=local
+    )
+    return dataclasses.replace(
+        prepared, recipe=changed, strategy=strategy, population=population
+    )

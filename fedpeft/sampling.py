@@ -1,0 +1,48 @@
+"""Which clients take part in a round, and which of them drop out; both fixed by the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedpeft import streams
+from fedpeft.config import Sampling
+from fedpeft.errors import FedpeftError
+
+
+def check(sampling: Sampling, clients: int) -> None:
+    """Raises FedpeftError when a fixed-size cohort asks for more clients than there are."""
+    if sampling.kind == "fixed" and sampling.size > clients:
+        raise FedpeftError(
+            f"rounds.sampling.size={sampling.size} but there are only {clients} clients: lower it, "
+            f"raise partition.clients, or use rounds.sampling.kind=uniform."
+        )
+
+
+def expected(sampling: Sampling, clients: int) -> float:
+    """The expected number of clients per round."""
+    if sampling.kind == "uniform":
+        return max(1, round(sampling.fraction * clients))
+    if sampling.kind == "fixed":
+        return min(sampling.size, clients)
+    return sampling.rate * clients
+
+
+def draw(sampling: Sampling, clients: Sequence[str], seed: int, round_: int) -> tuple[str, ...]:
+    """The clients of a round, sorted. Poisson sampling may draw none."""
+    names = sorted(clients)
+    stream = streams.numpy_stream(seed, "sampling", round_)
+    if sampling.kind == "poisson":
+        chosen = stream.random(len(names)) < sampling.rate
+        return tuple(name for name, take in zip(names, chosen, strict=True) if take)
+    check(sampling, len(names))
+    index = stream.choice(len(names), size=int(expected(sampling, len(names))), replace=False)
+    return tuple(names[i] for i in sorted(index))
+
+
+def draw_failures(rate: float, clients: Sequence[str], seed: int, round_: int) -> set[str]:
+    """The clients that drop out of a round, each with probability ``rate``, from its own stream."""
+    return {
+        name
+        for name in clients
+        if rate > 0 and streams.numpy_stream(seed, "failure", round_, name).random() < rate
+    }
