@@ -104,15 +104,15 @@ def check_install(wheel: Path, strategies: int) -> None:
             return done.stdout
 
         run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel.resolve())
-        site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
-        borrowed = sysconfig.get_path("purelib")
-        (site.parent / "site-packages" / "borrowed.pth").write_text(f"{borrowed}\n")
+        site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+        (Path(site) / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
         found = run(python, "-c", AS_A_USER).split()
         print(*found, sep="\n")
         if len(found) != strategies:
             sys.exit(f"{strategies} strategies in the wheel, {len(found)} imported")
         print(run(command, "--help"))
         print(run(command, "list"))
+        print(run(command, "check", "quickstart"))  # reads the built-in model and recipe
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -170,7 +171,9 @@ def attach(base: nn.Module, settings: Mapping[str, Any], task: Task, seed: int) 
     Raises FedpeftError when the base has none of the target modules.
     """
     config = adapter_config(settings, task)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft 0.21 still asks transformers by a name that it renamed
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         torch.manual_seed(streams.derive(seed, "adapter"))
         try:
             model = peft.get_peft_model(base, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,16 +63,28 @@ class Prepared:
         wanted = self.recipe.engine.chunk
         return wanted or choose(self.network, self.recipe.local, self.tokens_per_row)
 
-    def federation(self, strategy: Strategy[Any] | None = None) -> CohortFederation:
-        """The in-process federation of the run's clients."""
+    def federation(self, on_chunk: Callable[[int, int], None] | None = None) -> CohortFederation:
+        """The in-process federation of the run's clients; ``on_chunk`` as in CohortFederation."""
         return CohortFederation(
             self.network,
             self.lane,
             self.population,
-            strategy or self.strategy,
+            self.strategy,
             self.settings,
             self.chunk,
+            on_chunk,
         )
+
+    def resolved(self) -> Recipe:
+        """The recipe with what was left to the machine written out, so that a resume computes the
+        same sums in the same order."""
+        engine = dataclasses.replace(
+            self.recipe.engine,
+            chunk=self.chunk,
+            device=str(self.network.device),
+            threads=torch.get_num_threads(),
+        )
+        return dataclasses.replace(self.recipe, engine=engine)
 
 
 def device_of(name: str) -> torch.device:
@@ -129,14 +142,14 @@ def prepare_network(recipe: Recipe, population: Population, device: torch.device
     return build_network(model, task, classes, device, None if start is None else str(start))
 
 
-def as_baseline(prepared: Prepared, name: str, settings: dict[str, Any]) -> Prepared:
+def as_baseline(prepared: Prepared, name: str) -> Prepared:
     """The same model and data under another strategy (a reference such as ``local``).
 
     The reference gets the whole run's local training in one round, with every client: as many
     passes as a client makes on average over the federated run.
     """
     recipe = prepared.recipe
-    strategy = build(name, settings)
+    strategy = build(name, {})
     population = pool(prepared.population) if strategy.pools else prepared.population
     share = sampling.expected(recipe.rounds.sampling, len(prepared.population.clients)) / len(
         prepared.population.clients
@@ -155,7 +168,7 @@ def as_baseline(prepared: Prepared, name: str, settings: dict[str, Any]) -> Prep
         sampling=dataclasses.replace(recipe.rounds.sampling, kind="uniform", fraction=1.0),
     )
     changed = dataclasses.replace(
-        recipe, strategy={"name": name, **settings}, rounds=rounds, local=local
+        recipe, strategy={"name": name}, rounds=rounds, local=local
     )
     return dataclasses.replace(
         prepared, recipe=changed, strategy=strategy, population=population

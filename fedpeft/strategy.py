@@ -236,10 +236,12 @@ class Strategy(ABC, Generic[S]):
 
     pools: a reference that trains on the union of all clients' data; not federated.
     remembers: clients keep private memory between rounds.
+    shares: the result is one global adapter; without it every client ends with its own.
     """
 
     pools: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
+    shares: ClassVar[bool] = True
 
     @abstractmethod
     def init(self, problem: Problem) -> S:

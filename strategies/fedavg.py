@@ -1,8 +1,9 @@
 """FedAvg on adapters (FedIT): clients train A and B of LoRA, or any adapter; the server averages.
 
-Algorithm 1 of McMahan et al., AISTATS 2017 (arXiv 1602.05629), applied to adapter tensors as in
-FedIT (Zhang et al., ICASSP 2024, arXiv 2305.05644). For LoRA the average of the factors is not the
-average of the updates: sum_k p_k B_k A_k - B A is the covariance of the clients' factors.
+Algorithm 1 of McMahan et al., AISTATS 2017 (arXiv 1602.05629), w <- sum_k p_k w_k, on adapter
+tensors as in FedIT (Zhang et al., ICASSP 2024, arXiv 2305.05644). For LoRA the average of the
+factors is not the average of the updates: they differ by the covariance of the clients' factors,
+sum_k p_k B_k A_k - B A = sum_k p_k (B_k - B) (A_k - A).
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ class Local(Strategy[State]):
     """w_k stays in client k's private memory; the global adapter is the initial one."""
 
     remembers: ClassVar[bool] = True
+    shares: ClassVar[bool] = False
 
     def init(self, problem: Problem) -> State:
         return State(problem.initial)

@@ -6,10 +6,11 @@ With ``chunk=1`` and the loop lane it is the plain sequential engine.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,13 +19,14 @@ from fedpeft.cohort.clients import Memory, RoundInfo, TorchCohort
 from fedpeft.cohort.lanes import Lane
 from fedpeft.config import Local, Rounds
 from fedpeft.data.clients import ClientData, Population
+from fedpeft.data.examples import Examples
 from fedpeft.evaluate import score_clients
 from fedpeft.federation import Failure
 from fedpeft.local import Progress, Trainer, steps_of
 from fedpeft.metrics import Score
 from fedpeft.model import Network, set_mode
 from fedpeft.strategy import Messages, Strategy
-from fedpeft.tree import Tree
+from fedpeft.tree import Tree, broadcast
 
 log = logging.getLogger(__name__)
 
@@ -75,14 +77,39 @@ class CohortFederation:
         for chunk in messages.split(self._chunk):
             yield from self._isolated(round, chunk, self._train)
             if self._on_chunk is not None:
-                self._on_chunk(len(chunk), sum(self._tokens(name) for name in chunk.clients))
+                self._on_chunk(len(chunk), sum(self.tokens(name) for name in chunk.clients))
 
     def evaluate(self, round: int, messages: Messages) -> Iterator[dict[str, Score] | Failure]:
         for chunk in messages.split(self._chunk):
             yield from self._isolated(round, chunk, self._score)
 
+    def evaluate_on(
+        self, round: int, messages: Messages, examples: Examples, index: np.ndarray
+    ) -> Iterator[dict[str, Score] | Failure]:
+        """As ``evaluate``, but every client's adapter on the same ``examples[index]``."""
+
+        def work(messages: Messages, cohort: TorchCohort) -> dict[str, Score]:
+            return self._score_on(messages, cohort, [index] * len(messages), examples)
+
+        for chunk in messages.split(self._chunk):
+            yield from self._isolated(round, chunk, work)
+
+    def score_shared(self, adapter: Tree) -> dict[str, Score]:
+        """One complete adapter (unstacked) on every client's own hold-out."""
+        found: dict[str, Score] = {}
+        names = list(self.clients())
+        for start in range(0, len(names), self._chunk):
+            part = names[start : start + self._chunk]
+            held = [self._data[name].holdout for name in part]
+            stacked = broadcast(adapter, len(part))
+            scores = score_clients(
+                self._network, self._trainer.lane, stacked, held, self._population.examples
+            )
+            found.update(zip(part, scores, strict=True))
+        return found
+
     def memory(self) -> Memory:
-        return self._memory
+        return dict(self._memory)
 
     def restore(self, memory: Mapping[str, Mapping[str, Tree]]) -> None:
         self._memory = {client: dict(kept) for client, kept in memory.items()}
@@ -128,17 +155,25 @@ class CohortFederation:
         return self._strategy.train(messages, cohort)
 
     def _score(self, messages: Messages, cohort: TorchCohort) -> dict[str, Score]:
-        adapters = self._strategy.personal(messages, cohort)
         held = [self._data[name].holdout for name in cohort.clients]
-        scores = score_clients(
-            self._network, self._trainer.lane, adapters, held, self._population.examples
-        )
+        return self._score_on(messages, cohort, held, self._population.examples)
+
+    def _score_on(
+        self,
+        messages: Messages,
+        cohort: TorchCohort,
+        index: Sequence[np.ndarray],
+        examples: Examples,
+    ) -> dict[str, Score]:
+        adapters = self._strategy.personal(messages, cohort)
+        scores = score_clients(self._network, self._trainer.lane, adapters, index, examples)
         return dict(zip(cohort.clients, scores, strict=True))
 
     def _weights(self, data: list[ClientData]) -> Tensor:
         return client_weights([len(c.train) for c in data], self._settings.rounds)
 
-    def _tokens(self, name: str) -> int:
+    def tokens(self, name: str) -> int:
+        """Tokens that a client trains on in a round, on average."""
         data, local = self._data[name], self._settings.local
         lengths = self._population.examples.lengths[torch.from_numpy(data.train)]
         per_example = float(lengths.double().mean())

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,6 +89,6 @@ class Examples:
 def flatten(rows: Sequence[Sequence[int]], labels: Sequence[int] | None, pad: int) -> Examples:
     """Examples from lists of token numbers (each non-empty) and, for classification, labels."""
     lengths = torch.tensor([0, *(len(r) for r in rows)], dtype=torch.int64)
-    tokens = torch.tensor([t for r in rows for t in r], dtype=torch.int32)
+    tokens = torch.from_numpy(np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())))
     numbers = None if labels is None else torch.tensor(list(labels), dtype=torch.int64)
     return Examples(tokens, lengths.cumsum(0), numbers, pad)

@@ -23,7 +23,9 @@ PYDOCS = "pydocs"
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """File suffixes that are read, and the ``datasets`` builder of each."""
 
-_METADATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+_METADATA = frozenset(
+    {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+)
 _FAULTS = (DatasetsError, OSError, ValueError, RuntimeError, StopIteration)
 
 
@@ -38,7 +40,7 @@ def read_splits(data: Data) -> tuple[Dataset, Dataset | None]:
     if data.source == PYDOCS:
         return _pydocs(data), None
     if path.is_file():
-        train, folder = path, path.parent
+        train, folder = _alone(path, data), path.parent
     elif path.is_dir() and _readable(path):
         train, folder = _member(path, data.train, "data.train"), path
     elif path.is_dir() or not _looks_local(data.source):
@@ -51,21 +53,30 @@ def read_splits(data: Data) -> tuple[Dataset, Dataset | None]:
 
 def _pydocs(data: Data) -> Dataset:
     """The built-in source: columns text, package, file."""
-    for argument, value in (("data.train", data.train), ("data.test", data.test)):
-        if value not in ("train", None):
-            raise FedpeftError(
-                f"{argument}={value!r}: data.source=pydocs has one split, 'train'. Leave {argument} "
-                "out; without a test split the clients' hold-outs are the test set."
-            )
     if data.test is not None:
         raise FedpeftError(
-            "data.test='train': data.source=pydocs has no test split. Leave data.test out; the "
-            "clients' hold-outs are then the test set."
+            f"data.test={data.test!r}: data.source=pydocs has no test split. Leave data.test out; "
+            "the clients' hold-outs are then the test set."
+        )
+    if data.train != "train":
+        raise FedpeftError(
+            f"data.train={data.train!r}: data.source=pydocs has only the split 'train'. Leave "
+            "data.train out."
         )
     try:
         return Dataset.from_list(read_pydocs())
     except ValueError as error:
         raise FedpeftError(f"data.source=pydocs: {error}") from None
+
+
+def _alone(path: Path, data: Data) -> Path:
+    """A source that is one file: ``data.train`` has nothing to choose from."""
+    if data.train not in ("train", path.name, path.stem):
+        raise FedpeftError(
+            f"data.train={data.train!r}: data.source={data.source!r} is one file, all of it is the "
+            f"training split. Leave data.train out, or give the folder as data.source."
+        )
+    return path
 
 
 def _readable(folder: Path) -> list[str]:
@@ -104,14 +115,15 @@ def _member(folder: Path, name: str, argument: str) -> Path:
             f"{argument}={name!r} is ambiguous in {str(folder)!r}: {', '.join(found)}. Give the "
             "name with its suffix."
         )
+    names = known if Path(name).suffix in FORMATS else {Path(n).stem for n in known}
     raise FedpeftError(
         f"{argument}={name!r}: the folder {str(folder)!r} has no such file (.csv, .json, .jsonl or "
-        f".parquet, named with or without the suffix). {suggest(name, known)}"
+        f".parquet, named with or without the suffix). {suggest(name, names)}"
     )
 
 
 def _file(path: Path, data: Data) -> Dataset:
-    """One file as a data set. Text and client columns of a csv stay text, even ``007`` or ``NA``."""
+    """One file as a data set. Text and client columns of a csv stay text: ``007``, ``NA``."""
     kind = FORMATS.get(path.suffix)
     if kind is None:
         raise FedpeftError(
@@ -121,7 +133,7 @@ def _file(path: Path, data: Data) -> Dataset:
     options: dict[str, Any] = {}
     if kind == "csv":
         as_text = [c for c in (data.text, data.pair, data.client) if c is not None]
-        options = {"keep_default_na": False, "dtype": dict.fromkeys(as_text, "str")}
+        options = {"keep_default_na": False, "converters": dict.fromkeys(as_text, str)}
     try:
         with _no_progress():
             return load_dataset(kind, data_files={"train": str(path)}, split="train", **options)
@@ -153,7 +165,7 @@ def _splits(data: Data, source: str) -> tuple[Dataset, Dataset | None]:
 
 
 def _saved(folder: Path) -> DatasetDict | None:
-    """What ``save_to_disk`` wrote to ``folder``; a single data set counts as the split ``train``."""
+    """What ``save_to_disk`` wrote to ``folder``; a lone data set counts as the split ``train``."""
     if (folder / "dataset_dict.json").is_file():
         return load_from_disk(str(folder))
     if (folder / "state.json").is_file():
@@ -162,16 +174,22 @@ def _saved(folder: Path) -> DatasetDict | None:
 
 
 def _load(data: Data, source: str, argument: str, split: str) -> Dataset:
+    """One split of a data set folder or hub id, by the ``datasets`` library."""
     try:
         return load_dataset(source, name=data.subset, split=split)
     except _FAULTS as error:
         subset = "" if data.subset is None else f", data.subset={data.subset!r}"
+        fault = f"data.source={source!r}{subset}, {argument}={split!r}: {_reason(error)}. "
+        if Path(source).is_dir() or not isinstance(error, OSError):
+            raise FedpeftError(
+                f"{fault}{argument} names a split and data.subset a configuration that the data "
+                "set has; it must be readable without code of its own, which is never run."
+            ) from error
         raise FedpeftError(
-            f"data.source={source!r}{subset}, {argument}={split!r}: {_reason(error)}. Tried: the "
-            f"built-in sources, a local file or folder of that name, and the Hugging Face hub. "
-            f"Without a network, use a data set that is already in the Hugging Face cache (with "
-            f"HF_HUB_OFFLINE=1 to skip the retries), a local .csv, .jsonl or .parquet file, or "
-            f"data.source=pydocs. {suggest(source, [PYDOCS])}"
+            f"{fault}Tried: the built-in sources, a local file or folder of that name, and the "
+            "Hugging Face hub. Without a network, use a data set that is already in the Hugging "
+            "Face cache (HF_HUB_OFFLINE=1 skips the retries), a local .csv, .jsonl or .parquet "
+            f"file, or a built-in source. {suggest(source, [PYDOCS])}"
         ) from error
 
 

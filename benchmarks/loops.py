@@ -1,0 +1,65 @@
+"""The plain loops, as one writes them by hand: no engine, torch's optimizer on the peft model.
+
+``sequential_loop``: one client after another on one resident model. ``centralised``: one model on
+the pooled data of the round's clients, the limit for any federated engine on the same tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from benchmarks.recorder import Recorder, mark_first_step
+from benchmarks.workload import Texts, Workload, build_model, clients_of, trainable
+
+
+def train_steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, labels: Tensor
+) -> None:
+    """One optimizer step per batch: tokens ``[steps, batch, T]``, labels ``[steps, batch]``."""
+    for x, y in zip(tokens, labels, strict=True):
+        optimizer.zero_grad()
+        cross_entropy(model(input_ids=x).logits, y).backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def load(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    """Copies values into parameters."""
+    torch._foreach_copy_(parameters, values)
+
+
+def sequential_loop(workload: Workload, recorder: Recorder) -> None:
+    """Federated averaging, client by client."""
+    texts, model = Texts.draw(workload), build_model(workload)
+    named = trainable(model)
+    parameters = list(named.values())
+    optimizer = torch.optim.SGD(parameters, lr=workload.local.lr, foreach=True)
+    state = [p.detach().clone() for p in parameters]
+    mark_first_step(model, recorder.folder)
+    for round in range(1, recorder.rounds + 1):
+        recorder.begin()
+        total = [torch.zeros_like(v) for v in state]
+        for client in clients_of(workload, round):
+            load(parameters, state)
+            order = texts.order(client, round)
+            train_steps(model, optimizer, texts.tokens[order], texts.labels[order])
+            torch._foreach_add_(total, [p.detach() for p in parameters])
+        state = [value / workload.cohort for value in total]
+        recorder.end(lambda state=state: dict(zip(named, state, strict=True)))
+
+
+def centralised(workload: Workload, recorder: Recorder, batch: int) -> None:
+    """The round's texts in one pool, in batches of ``batch``; as many tokens as a round trains."""
+    texts, model = Texts.draw(workload), build_model(workload)
+    parameters = list(trainable(model).values())
+    optimizer = torch.optim.SGD(parameters, lr=workload.local.lr, foreach=True)
+    mark_first_step(model, recorder.folder)
+    for round in range(1, recorder.rounds + 1):
+        recorder.begin()
+        pool = torch.cat([texts.order(c, round).flatten() for c in clients_of(workload, round)])
+        shuffled = pool[torch.randperm(len(pool))]
+        order = shuffled[: len(pool) // batch * batch].view(-1, batch)
+        train_steps(model, optimizer, texts.tokens[order], texts.labels[order])
+        recorder.end(None)

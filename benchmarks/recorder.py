@@ -1,0 +1,102 @@
+"""What one way notes about itself while it runs: time and CPU per round, first step, adapter."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from torch import Tensor, nn
+
+COMPARED_AFTER = 3
+"""The adapters are compared after this many rounds (or after the last, if there are fewer)."""
+
+
+def machine_cpu() -> float:
+    """CPU seconds that everything on the machine has used, and what the hypervisor took."""
+    times = psutil.cpu_times()
+    busy = times.user + times.nice + times.system
+    for extra in ("irq", "softirq", "steal"):
+        busy += getattr(times, extra, 0.0)
+    return float(busy)
+
+
+def children_cpu() -> float:
+    """CPU seconds of this process's living descendants."""
+    total = 0.0
+    for child in psutil.Process().children(recursive=True):
+        try:
+            used = child.cpu_times()
+        except psutil.Error:
+            continue
+        total += used.user + used.system
+    return total
+
+
+@dataclass
+class Recorder:
+    """Writes its findings into ``folder``; ``rounds`` counts the untimed first one too."""
+
+    folder: Path
+    rounds: int
+    seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
+    _machine: float = 0.0
+    _own: float = 0.0
+    _began: float = 0.0
+
+    def begin(self) -> None:
+        """The next round begins now."""
+        self._machine = machine_cpu()
+        self._own = children_cpu() + time.process_time()
+        self._began = time.perf_counter()
+
+    def end(self, adapter: Callable[[], Mapping[str, Tensor]] | None) -> None:
+        """The round is over; ``adapter`` gives the global adapter (None: nothing comparable)."""
+        self.seconds.append(time.perf_counter() - self._began)
+        own = time.process_time() + children_cpu() - self._own
+        everything = machine_cpu() - self._machine
+        self.cpu.append(own)
+        self.others.append(max(0.0, everything - own))
+        if adapter is not None and len(self.seconds) == min(COMPARED_AFTER, self.rounds):
+            values = {n: v.detach().cpu().numpy() for n, v in adapter().items()}
+            np.savez(self.folder / "adapter.npz", **values)
+
+    def save(self, notes: Mapping[str, Any]) -> None:
+        """Writes ``run.json``."""
+        found = {
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu,
+            "others_cpu_seconds": self.others,
+            **notes,
+        }
+        (self.folder / "run.json").write_text(json.dumps(found))
+
+
+def mark_first_step(model: nn.Module, folder: Path) -> None:
+    """Notes in ``folder/first_step`` when the first step is done: as the second forward begins."""
+    calls = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            handle.remove()
+            note_once(folder / "first_step")
+
+    handle = model.register_forward_pre_hook(hook)
+
+
+def note_once(path: Path) -> None:
+    """Writes the monotonic time into ``path`` unless another process was first."""
+    try:
+        with path.open("x") as file:
+            file.write(repr(time.monotonic()))
+    except FileExistsError:
+        pass

@@ -1,0 +1,135 @@
+"""What a federated run is compared with, and the scores of any trained federation.
+
+``untrained``: the adapter as initialised. ``local``: every client alone. ``centralised``: all data
+in one place. The trained ones get the training that the federated run gave each client, in one go.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedpeft import streams
+from fedpeft.cohort.federation import CohortFederation
+from fedpeft.data.clients import Task
+from fedpeft.engine import play_round
+from fedpeft.evaluate import mean_and_worst, score
+from fedpeft.events import Outcome, Watcher
+from fedpeft.federation import Failure, Federation
+from fedpeft.metrics import Score
+from fedpeft.prepare import Prepared, as_baseline
+from fedpeft.tree import Tree
+
+NOTHING = Score(0, math.nan, math.nan, math.nan)
+"""The score where there is nothing to measure."""
+
+
+@dataclass(frozen=True)
+class ClientsOutcome:
+    """Scores on the clients' own hold-outs: by client, their mean and the worst tenth's."""
+
+    scores: dict[str, Score]
+    mean: float
+    worst: float
+
+
+def summarise(task: Task, scores: dict[str, Score]) -> ClientsOutcome:
+    """Mean and worst tenth: of accuracies, or of losses per token for language modelling."""
+    if task == "classification":
+        mean, worst = mean_and_worst([own.accuracy for own in scores.values()])
+        return ClientsOutcome(scores, mean, worst)
+    mean, worst = mean_and_worst([-own.loss for own in scores.values()])
+    return ClientsOutcome(scores, -mean, -worst)
+
+
+def _collect(results: Iterable[dict[str, Score] | Failure]) -> dict[str, Score]:
+    found: dict[str, Score] = {}
+    for result in results:
+        if not isinstance(result, Failure):
+            found.update(result)
+    return dict(sorted(found.items()))
+
+
+def clients_outcome(prepared: Prepared, federation: Federation, state: Any) -> ClientsOutcome:
+    """Every client's adapter on its own hold-out, where the recipe asks for it."""
+    if not prepared.recipe.evaluation.clients:
+        return ClientsOutcome({}, math.nan, math.nan)
+    rounds = prepared.recipe.rounds.count
+    messages = prepared.strategy.send(state, rounds, tuple(federation.clients()))
+    return summarise(prepared.population.task, _collect(federation.evaluate(rounds, messages)))
+
+
+def test_score(prepared: Prepared, federation: Federation, state: Any) -> Score:
+    """The global adapter on the test set; without one, the mean over the clients' adapters on a
+    sample of it (``evaluation.local_test`` examples), in process only."""
+    population, strategy = prepared.population, prepared.strategy
+    if strategy.shares:
+        return score(prepared.network, prepared.lane, strategy.adapter(state), population.test)
+    if not isinstance(federation, CohortFederation):
+        return NOTHING
+    rounds, limit = prepared.recipe.rounds.count, prepared.recipe.evaluation.local_test
+    index = np.arange(len(population.test), dtype=np.int64)
+    if 0 < limit < len(index):
+        stream = streams.numpy_stream(prepared.recipe.seed, "local test")
+        index = np.sort(stream.choice(len(index), size=limit, replace=False))
+    messages = strategy.send(state, rounds, tuple(federation.clients()))
+    found = _collect(federation.evaluate_on(rounds, messages, population.test, index))
+    return mean_score(list(found.values()))
+
+
+def mean_score(scores: list[Score]) -> Score:
+    """The unweighted mean of each figure; ``items`` is one model's."""
+    if not scores:
+        return NOTHING
+    figures = [(s.loss, s.accuracy, s.macro_f1) for s in scores]
+    loss, accuracy, f1 = np.mean(np.array(figures), axis=0)
+    return Score(scores[0].items, float(loss), float(accuracy), float(f1))
+
+
+def baseline(prepared: Prepared, name: str, watcher: Watcher) -> Outcome:
+    """One row of the last table: ``untrained``, ``local`` or ``centralised``."""
+    if name == "untrained":
+        return _untrained(prepared)
+    began = time.perf_counter()
+    other = as_baseline(prepared, name)
+    federation = other.federation(watcher.chunk_done)
+    clients = tuple(federation.clients())
+    watcher.stage(name, 1)
+    watcher.round_began(1, len(clients), sum(federation.tokens(c) for c in clients))
+    recipe = other.recipe
+    state = other.strategy.init(other.problem)
+    state, report = play_round(other.strategy, state, federation, recipe.rounds, recipe.seed, 1)
+    watcher.round_done(report, None)
+    return _trained(prepared, other, federation, state, time.perf_counter() - began)
+
+
+def _trained(
+    prepared: Prepared, other: Prepared, federation: CohortFederation, state: Any, seconds: float
+) -> Outcome:
+    name = str(other.recipe.strategy["name"])
+    measured = test_score(other, federation, state)
+    if other.strategy.pools:
+        clients = _shared_outcome(prepared, other.strategy.adapter(state))
+    else:
+        clients = clients_outcome(other, federation, state)
+    return Outcome(name, measured, clients.mean, clients.worst, seconds=seconds)
+
+
+def _untrained(prepared: Prepared) -> Outcome:
+    initial = prepared.network.initial
+    measured = score(prepared.network, prepared.lane, initial, prepared.population.test)
+    clients = _shared_outcome(prepared, initial)
+    return Outcome("untrained", measured, clients.mean, clients.worst)
+
+
+def _shared_outcome(prepared: Prepared, adapter: Tree) -> ClientsOutcome:
+    """One adapter on every client's own hold-out."""
+    if not prepared.recipe.evaluation.clients:
+        return ClientsOutcome({}, math.nan, math.nan)
+    federation = prepared.federation()
+    return summarise(prepared.population.task, federation.score_shared(adapter))

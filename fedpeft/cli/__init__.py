@@ -1,0 +1,8 @@
+"""The command line: ``fedpeft run | resume | check | list``.
+
+Importing this package costs typer and rich only; torch and its like are imported by the commands.
+"""
+
+from fedpeft.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,158 @@
+"""The commands and their arguments."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from fedpeft.cli import listing, logs, tables
+from fedpeft.cli.bars import Bars
+from fedpeft.cli.failures import reported
+from fedpeft.cli.session import Mode, play
+
+if TYPE_CHECKING:
+    from fedpeft.events import Summary, Watcher
+
+app = typer.Typer(
+    help="Federated parameter-efficient fine-tuning: clients train adapters on a frozen model, "
+    "a strategy aggregates them.",
+    epilog="Begin with: fedpeft run quickstart",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Arguments are described in the commands' docstrings and hidden from click's own list: typer before
+# 0.21 with click from 8.5 prints that list without its texts.
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", hidden=True)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", hidden=True)]
+QuietFlag = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print errors and the last table only.")
+]
+JsonFlag = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object per event; the last is the summary.")
+]
+VerboseFlag = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Show logs (such as the lane's choice) and tracebacks."),
+]
+
+
+def main() -> None:
+    """The ``fedpeft`` command."""
+    app(prog_name="fedpeft")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedpeft {metadata.version('fedpeft')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    quiet: QuietFlag = False,
+    json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Run a recipe: train, evaluate, compare, export the adapter.
+
+    RECIPE is a YAML file or a built-in name (see `fedpeft list recipes`). KEY=VALUE changes it:
+    local.lr=1e-3, or 'adapter.target_modules=[query,value]' with quotes for the shell.
+
+    Ctrl-C leaves a run that `fedpeft resume` goes on with. Exit codes: 0 done, 1 a defect of
+    fedpeft, 2 a fault in what was given, 3 too few valid replies in a round, 130 interrupted.
+    """
+
+    def start(watcher: Watcher) -> Summary:
+        from fedpeft.config_load import load_recipe
+        from fedpeft.run import run
+
+        return run(load_recipe(recipe, overrides or []), watcher)
+
+    play(start, _mode(quiet, json, verbose))
+
+
+@app.command(short_help="Go on with a run that was stopped.")
+def resume(
+    folder: Annotated[str, typer.Argument(metavar="RUN", hidden=True)],
+    quiet: QuietFlag = False,
+    json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Go on with a run that was stopped, from its last checkpoint.
+
+    RUN is the run's folder (output.folder of its recipe). The result is the same, bit by bit, as if
+    the run had never stopped.
+    """
+
+    def start(watcher: Watcher) -> Summary:
+        from fedpeft.run import resume
+
+        return resume(folder, watcher)
+
+    play(start, _mode(quiet, json, verbose))
+
+
+@app.command(short_help="Show what a run would train, send and need.")
+def check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as a JSON object.")] = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Show what a run would train, send and need. Loads data and model, trains nothing.
+
+    RECIPE and KEY=VALUE are as for `fedpeft run`.
+    """
+    out, screen = sys.stdout, Console(highlight=False)
+    logs.set_up(Console(stderr=True) if json else screen, False, verbose)
+    with reported(verbose):
+        with Bars(screen, shown=not json):
+            from fedpeft.config_load import load_recipe
+            from fedpeft.plan import make_plan
+            from fedpeft.prepare import prepare
+
+            found = make_plan(prepare(load_recipe(recipe, overrides or [])))
+        if json:
+            from fedpeft.cli.jsonl import write
+
+            write(out, "plan", {"plan": found})
+        else:
+            screen.print(tables.plan(found))
+
+
+@app.command("list", short_help="List what a recipe can name, with one line each.")
+def list_(
+    topic: Annotated[listing.Topic | None, typer.Argument(metavar="[TOPIC]", hidden=True)] = None,
+) -> None:
+    """List what a recipe can name, with one line each.
+
+    The topics are recipes, strategies, adapters, partitions and sources; all of them without one.
+    """
+    with reported():
+        listing.show([topic] if topic else list(listing.Topic))
+
+
+def _mode(quiet: bool, json: bool, verbose: bool) -> Mode:
+    if quiet and (json or verbose):
+        other = "--json" if json else "--verbose"
+        raise typer.BadParameter(f"--quiet and {other} exclude each other: give one of them.")
+    return Mode(quiet, json, verbose)

@@ -1,0 +1,130 @@
+"""The tables that commands print: a run's result, and the plan before it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedpeft.cli import units
+
+if TYPE_CHECKING:
+    from fedpeft.events import Outcome, Summary
+    from fedpeft.plan import Plan
+
+_LABELS = {"local": "local-only"}
+
+
+def result(summary: Summary) -> Table:
+    """The last table: a row per training, measured on the test set and by the clients."""
+    classes = summary.task == "classification"
+    first, second = ("accuracy", "macro-F1") if classes else ("loss/token", "perplexity")
+    gap = (0, 0, 0, 1) if classes else 0  # beside the box's own space; 80 columns hold no more
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=gap)
+    table.add_column("", overflow="fold", min_width=11)
+    heads = [f"test\n{first}", f"test\n{second}", "clients\nmean", "worst\ndecile"]
+    for head in [*heads, "bytes\ndown", "bytes\nup", "time\n(s)"]:
+        wide = 9 if head.startswith("bytes") else 7
+        table.add_column(head, justify="right", no_wrap=True, min_width=wide)
+    for row in summary.rows:
+        own = row.name not in ("untrained", "local", "centralised")
+        name = _LABELS.get(row.name, row.name)
+        sent = (units.total(row.down), units.total(row.up), units.seconds(row.seconds))
+        table.add_row(name, *_figures(row, classes), *sent, style="bold" if own else "")
+    return table
+
+
+def _figures(row: Outcome, classes: bool) -> tuple[str, str, str, str]:
+    score = row.score
+    if classes:
+        return (
+            units.percent(score.accuracy),
+            units.percent(score.macro_f1),
+            units.percent(row.mean),
+            units.percent(row.worst),
+        )
+    return (
+        units.figure(score.loss),
+        units.figure(score.perplexity, 2),
+        units.figure(row.mean),
+        units.figure(row.worst),
+    )
+
+
+def plan(found: Plan) -> RenderableType:
+    """What a run would train, send and need."""
+    return Group(_work(found), "", _parameters(found), "", _traffic(found), "", _machine(found))
+
+
+def _grid(*heads: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column(heads[0], width=24)
+    for head in heads[1:]:
+        table.add_column(head, justify="right", min_width=11, no_wrap=True)
+    return table
+
+
+def _work(found: Plan) -> Group:
+    each = _grid("per client", "min", "median", "max")
+    each.add_row("training examples", *(f"{n:,}" for n in found.examples))
+    each.add_row("steps in a round", *(f"{n:,}" for n in found.steps))
+    labels = f", {found.labels} labels" if found.labels else ""
+    return Group(
+        _pair("strategy", found.strategy),
+        _pair("rounds", f"{found.rounds:,}"),
+        _pair("clients", f"{found.clients:,}, {_sampled(found)} in a round"),
+        _pair("test examples", f"{found.test:,}{labels}"),
+        _pair("tokens in a round", f"about {found.tokens:,}"),
+        "",
+        each,
+    )
+
+
+def _sampled(found: Plan) -> str:
+    if found.sampled == found.clients:
+        return "all"
+    return f"{found.sampled:,.0f}" if found.sampled.is_integer() else f"about {found.sampled:,.1f}"
+
+
+def _parameters(found: Plan) -> Table:
+    table = _grid("parameters", "", "of the base")
+    kinds = sorted(found.trainable.items())
+    count = sum(found.trainable.values())
+    table.add_row("trainable", f"{count:,}", units.percent(count / found.frozen, 2))
+    for name, part in kinds if len(kinds) > 1 else []:
+        share = units.percent(part / found.frozen, 2)
+        table.add_row(f"  {name}", f"{part:,}", share, style="dim")
+    table.add_row("frozen base", f"{found.frozen:,}", "")
+    return table
+
+
+def _traffic(found: Plan) -> Table:
+    table = _grid("bytes", "down", "up")
+    down, up = sum(found.down.values()), sum(found.up.values())
+    table.add_row("per client and round", units.size(down), units.size(up))
+    kinds = sorted({*found.down, *found.up})
+    for kind in kinds if len(kinds) > 1 else []:
+        ways = (found.down.get(kind, math.nan), found.up.get(kind, math.nan))
+        table.add_row(f"  {kind}", *map(units.size, ways), style="dim")
+    for name, many in (("per round", found.sampled), ("whole run", found.sampled * found.rounds)):
+        table.add_row(name, units.size(down * many), units.size(up * many))
+    return table
+
+
+def _machine(found: Plan) -> Group:
+    need = found.chunk * found.memory.per_client
+    memory = f"at most {units.size(need)} needed, {units.size(found.memory.free)} free"
+    tight = need > found.memory.free
+    return Group(
+        _pair("engine", f"{found.engine} on {found.device}, lane {found.lane}"),
+        _pair("clients at once", f"{found.chunk:,}"),
+        _pair("memory", memory, "yellow" if tight else ""),
+    )
+
+
+def _pair(name: str, value: str, style: str = "") -> Text:
+    return Text.assemble((f"{name:<26}", "bold"), (value, style))

@@ -1,0 +1,173 @@
+"""The Flower client: one node, one client, a cohort of one.
+
+``query`` says who the node is, ``train`` and ``evaluate`` do what a round asks. The recipe comes
+with every request; the process keeps what it prepared from the last one, so that in Flower's
+simulation an actor loads model and data once. The node's configuration names its client by
+``client``, or by ``partition-id``, its place among the sorted client names.
+
+Private memory (``Strategy.remembers``) stays on the node, in Flower's context. Of an error, nothing
+but the type leaves the node unless fedpeft wrote the message; the traceback is in the node's log.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+
+from flwr.app import ArrayRecord, Context, Error, RecordDict
+from flwr.app import Message as FlowerMessage
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+
+from fedpeft import errors
+from fedpeft.config import Engine
+from fedpeft.config_load import parse_recipe
+from fedpeft.errors import FedpeftError
+from fedpeft.federation import Failure
+from fedpeft.flower.records import Header, decode, decode_tree, encode, encode_tree
+from fedpeft.prepare import Prepared, prepare
+from fedpeft.strategy import Message, Messages
+from fedpeft.tree import Tree
+
+log = logging.getLogger(__name__)
+
+app = ClientApp()
+
+_MEMORY = "memory."
+_OWN_ERRORS = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
+
+Work = Callable[[Prepared, Messages, Header, RecordDict], Message]
+
+
+class _ClientError(Exception):
+    """A client's training or evaluation failed; the text is what may leave the node."""
+
+
+@app.query()
+def query(message: FlowerMessage, context: Context) -> FlowerMessage:
+    """Who this node is: its client's name and number of training examples, and the digests."""
+    return _answer(message, context, _describe)
+
+
+@app.train()
+def train(message: FlowerMessage, context: Context) -> FlowerMessage:
+    """The strategy's ``train`` on this node's client."""
+    return _answer(message, context, _train)
+
+
+@app.evaluate()
+def evaluate(message: FlowerMessage, context: Context) -> FlowerMessage:
+    """The score of this node's client on its own hold-out."""
+    return _answer(message, context, _evaluate)
+
+
+def _answer(message: FlowerMessage, context: Context, work: Work) -> FlowerMessage:
+    """The reply of ``work``, or an error for this client alone."""
+    try:
+        request, header = decode(message.content)
+        prepared = _prepared(header.recipe)
+        client = client_of(context.node_config, prepared.problem.clients)
+        own = _own_header(prepared, client, header.round)
+        _check(header, own)
+        reply = work(prepared, Messages.stack((client,), [request]), own, context.state)
+        return FlowerMessage(encode(reply, own), reply_to=message)
+    except Exception as error:  # one faulty client costs only itself
+        log.warning("%s failed", message.metadata.message_type, exc_info=error)
+        text = f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, _ClientError) else public_reason(text)
+        code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        return FlowerMessage(Error(code, reason), reply_to=message)
+
+
+@functools.lru_cache(maxsize=1)
+def _prepared(recipe: str) -> Prepared:
+    """What a recipe (YAML) prepares, kept for the next request.
+
+    How to compute is the node's own affair: one client at a time, on the threads that the process
+    was given (an actor of the simulation: its share of the cores), on its own CUDA device.
+    """
+    found = parse_recipe(recipe, "the recipe in the request")
+    device = found.engine.device.split(":")[0]
+    return prepare(replace(found, engine=Engine(kind="flower", chunk=1, device=device)))
+
+
+def client_of(node_config: Mapping[str, object], clients: tuple[str, ...]) -> str:
+    """The client that a node is, by its configuration. Raises FedpeftError if there is none."""
+    name = node_config.get("client")
+    if name is not None:
+        if name not in clients:
+            raise FedpeftError(
+                f"node config client={name!r} is no client of this recipe. "
+                f"{errors.suggest(str(name), clients)}"
+            )
+        return str(name)
+    place = str(node_config.get("partition-id"))
+    if not place.isdecimal() or int(place) >= len(clients):
+        raise FedpeftError(
+            f"node config partition-id={place} must be a number below {len(clients)}, this "
+            f"recipe's number of clients; or name the client: client=NAME."
+        )
+    return sorted(clients)[int(place)]
+
+
+def public_reason(text: str) -> str:
+    """Of ``Type: message``, what may leave the node: the message only of fedpeft's own errors."""
+    kind = text.partition(": ")[0]
+    return text if kind in _OWN_ERRORS else f"{kind} (the traceback is in the node's log)"
+
+
+def _own_header(prepared: Prepared, client: str, number: int) -> Header:
+    network = prepared.network
+    return Header(number, client, network.digest, network.layout.digest)
+
+
+def _check(asked: Header, own: Header) -> None:
+    """Raises FedpeftError where the server means another client, base or adapter."""
+    for what in ("client", "base", "layout"):
+        theirs, ours = getattr(asked, what), getattr(own, what)
+        if theirs and theirs != ours:
+            raise FedpeftError(f"the server asks for {what} {theirs!r}, this node has {ours!r}")
+
+
+def _describe(prepared: Prepared, request: Messages, own: Header, state: RecordDict) -> Message:
+    sizes = {client.name: len(client.train) for client in prepared.population.clients}
+    return Message(scalars={"examples": float(sizes[own.client])})
+
+
+def _train(prepared: Prepared, request: Messages, own: Header, state: RecordDict) -> Message:
+    federation = prepared.federation()
+    federation.restore({own.client: recall(state)})
+    [result] = federation.run(own.round, request)
+    if isinstance(result, Failure):
+        raise _ClientError(public_reason(result.reason))
+    remember(state, federation.memory().get(own.client, {}))
+    return result[0]
+
+
+def _evaluate(prepared: Prepared, request: Messages, own: Header, state: RecordDict) -> Message:
+    federation = prepared.federation()
+    federation.restore({own.client: recall(state)})
+    [result] = federation.evaluate(own.round, request)
+    if isinstance(result, Failure):
+        raise _ClientError(public_reason(result.reason))
+    score = asdict(result[own.client])
+    return Message(scalars={name: float(value) for name, value in score.items()})
+
+
+def recall(state: RecordDict) -> dict[str, Tree]:
+    """The client's private memory in Flower's context, name -> tree."""
+    return {
+        key.removeprefix(_MEMORY): decode_tree(record, key)
+        for key, record in state.items()
+        if key.startswith(_MEMORY) and isinstance(record, ArrayRecord)
+    }
+
+
+def remember(state: RecordDict, memory: Mapping[str, Tree]) -> None:
+    """Writes the client's private memory into Flower's context."""
+    for name, tree in memory.items():
+        state[f"{_MEMORY}{name}"] = encode_tree(tree)
+
+

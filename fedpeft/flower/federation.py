@@ -1,0 +1,258 @@
+"""FlowerFederation: a round's clients are Flower nodes, simulated or real.
+
+Works over any ``flwr.serverapp.Grid``. A node is known by the client name that it gives when asked,
+never by its node id, which changes when a real node starts again. Whoever answers first, replies
+are read in the order of the round's clients.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from flwr.app import Message as FlowerMessage
+from flwr.app import MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedpeft.config import Recipe
+from fedpeft.config_load import dump_recipe, load_strategy
+from fedpeft.errors import FedpeftError, ReplyError
+from fedpeft.federation import Failure
+from fedpeft.flower.records import Header, decode, encode, encode_stack
+from fedpeft.metrics import Score
+from fedpeft.strategy import Message, Messages
+from fedpeft.tree import Tree
+
+log = logging.getLogger(__name__)
+
+STACK = 64
+"""Replies that are stacked at once."""
+
+
+@dataclass(frozen=True)
+class Digests:
+    """What all parties must have in common: the frozen base and the trainable tensors."""
+
+    base: str
+    layout: str
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds to wait: for all nodes to join, and for a node's reply (training included)."""
+
+    join: float = 120.0
+    reply: float = 3600.0
+
+
+class FlowerFederation:
+    """The clients of ``recipe`` on the nodes of a grid; see ``fedpeft.federation.Federation``.
+
+    nodes: how many must join before the first round. digests: the server's own; without them the
+    nodes must agree with each other. alive: called while waiting; it may raise to end the wait.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        recipe: Recipe,
+        nodes: int,
+        digests: Digests | None = None,
+        patience: Patience | None = None,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._grid = grid
+        self._recipe = dump_recipe(recipe)
+        self._remembers = load_strategy(recipe).remembers
+        self._nodes = nodes
+        self._digests = digests
+        self._patience = patience or Patience()
+        self._alive = alive
+        self._sizes: dict[str, int] = {}
+        self._route: dict[str, int] = {}
+        self._known: set[int] = set()
+        self._trained: set[str] = set()
+
+    def clients(self) -> Mapping[str, int]:
+        """Client -> number of training examples; the first call waits for the nodes.
+
+        Raises FedpeftError when too few nodes join in time, when one cannot take part, or when two
+        say that they are the same client.
+        """
+        if not self._sizes:
+            self._join()
+        return dict(sorted(self._sizes.items()))
+
+    def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure]:
+        outcomes = self._ask(MessageType.TRAIN, round, messages)
+        for schema, group in itertools.groupby(outcomes, key=lambda pair: _schema(pair[1])):
+            if schema is None:
+                yield from (failure for _, failure in group if isinstance(failure, Failure))
+                continue
+            while part := list(itertools.islice(group, STACK)):
+                names, replies = zip(*part, strict=True)
+                self._trained.update(names)
+                yield Messages.stack(names, replies)
+
+    def evaluate(self, round: int, messages: Messages) -> Iterator[dict[str, Score] | Failure]:
+        for client, outcome in self._ask(MessageType.EVALUATE, round, messages):
+            if isinstance(outcome, Failure):
+                yield outcome
+                continue
+            try:
+                figures = dict(outcome.scalars)
+                yield {client: Score(items=int(figures.pop("items")), **figures)}
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
+                yield Failure(client, f"no score: {error}")
+
+    def memory(self) -> dict[str, dict[str, Tree]]:
+        """Private memory stays on the nodes: only whose there is, client -> {}."""
+        return {client: {} for client in sorted(self._trained)} if self._remembers else {}
+
+    def restore(self, memory: Mapping[str, Mapping[str, Tree]]) -> None:
+        """Takes an empty memory only. Raises FedpeftError on a resume that would need more."""
+        if memory:
+            raise FedpeftError(
+                f"engine.kind=flower cannot resume this strategy: the private memory of "
+                f"{len(memory)} clients was on Flower's nodes and is gone with them. Run it again "
+                f"from the start, or use engine.kind=cohort or sequential, whose checkpoints hold "
+                f"all clients' memory."
+            )
+
+    def _join(self) -> None:
+        began = time.monotonic()
+        while len(ids := sorted(self._grid.get_node_ids())) < self._nodes:
+            if time.monotonic() - began > self._patience.join:
+                raise FedpeftError(
+                    f"{len(ids)} of {self._nodes} nodes joined within {self._patience.join:g} "
+                    f"seconds: start the missing ones, or lower partition.clients."
+                )
+            self._pause(began)
+        refused = self._meet(ids)
+        if refused:
+            raise FedpeftError(f"{len(refused)} of {len(ids)} nodes cannot take part: {refused[0]}")
+
+    def _meet(self, ids: Iterable[int]) -> list[str]:
+        """Asks nodes who they are; returns why some cannot take part."""
+        refused = []
+        header = Header(recipe=self._recipe)
+        answers = self._exchange(
+            MessageType.QUERY, {node: encode(Message(), header) for node in ids}, 0
+        )
+        first = not self._sizes
+        for node, answer in sorted(answers.items()):
+            self._known.add(node)
+            try:
+                client, examples = self._introduction(answer)
+                if first and client in self._route:
+                    raise ReplyError(f"client {client!r} has a node already; give each its own")
+            except ReplyError as error:
+                refused.append(f"node {node}: {error}")
+                continue
+            self._sizes[client], self._route[client] = examples, node
+        if first and refused:
+            self._sizes, self._route = {}, {}
+        return refused
+
+    def _introduction(self, answer: FlowerMessage | None) -> tuple[str, int]:
+        """A node's client and its number of training examples."""
+        reply, header = self._read(answer)
+        found = Digests(header.base, header.layout)
+        self._digests = self._digests or found
+        if found != self._digests:
+            raise ReplyError(
+                f"client {header.client!r} has {found}, others {self._digests}: all must load the "
+                f"same base model and adapter"
+            )
+        examples = reply.scalars.get("examples", 0.0)
+        if not (header.client and examples >= 1 and examples == int(examples)):
+            raise ReplyError(f"it introduced itself as {header.client!r}, {examples} examples")
+        return header.client, int(examples)
+
+    def _refresh(self) -> set[int]:
+        """The nodes that are there now. New ones are asked: a restarted client is found again."""
+        present = set(self._grid.get_node_ids())
+        new = present - self._known
+        for reason in self._meet(sorted(new)) if new else []:
+            log.warning("a new node cannot take part: %s", reason)
+        return present
+
+    def _ask(
+        self, kind: str, round: int, messages: Messages
+    ) -> Iterator[tuple[str, Message | Failure]]:
+        """Sends each client its message; what came of it, in the order of the clients."""
+        self.clients()
+        present = self._refresh()
+        at = [k for k, name in enumerate(messages.clients) if self._route.get(name) in present]
+        sent = messages.rows(at)
+        base = self._digests or Digests("", "")
+        header = Header(round, "", base.base, base.layout, self._recipe)
+        contents = encode_stack(sent, [replace(header, client=name) for name in sent.clients])
+        nodes = [self._route[name] for name in sent.clients]
+        answers = self._exchange(kind, dict(zip(nodes, contents, strict=True)), round)
+        for client in messages.clients:
+            node = self._route.get(client)
+            if node not in answers:
+                yield client, Failure(client, "its node is not connected")
+                continue
+            try:
+                yield client, self._checked(client, round, answers.pop(node))
+            except ReplyError as error:
+                yield client, Failure(client, str(error))
+
+    def _checked(self, client: str, round: int, answer: FlowerMessage | None) -> Message:
+        """A reply's message. Raises ReplyError if it is another client's, round's or model's."""
+        reply, header = self._read(answer)
+        own = self._digests or Digests("", "")
+        wanted = Header(round, client, own.base, own.layout)
+        for what in ("client", "round", "base", "layout"):
+            theirs, ours = getattr(header, what), getattr(wanted, what)
+            if theirs != ours:
+                raise ReplyError(f"the reply is of {what} {theirs!r}, asked was {ours!r}")
+        return reply
+
+    def _read(self, answer: FlowerMessage | None) -> tuple[Message, Header]:
+        if answer is None:
+            raise ReplyError(f"no reply within {self._patience.reply:g} seconds")
+        if answer.has_error():
+            reason = str(answer.error.reason or f"error {answer.error.code}")
+            raise ReplyError(" ".join(reason.split())[:500])
+        return decode(answer.content)
+
+    def _exchange(
+        self, kind: str, contents: dict[int, RecordDict], round: int
+    ) -> dict[int, FlowerMessage | None]:
+        """Each node's answer, None where there was none in time."""
+        answers: dict[int, FlowerMessage | None] = dict.fromkeys(contents)
+        waiting: dict[str, int] = {}
+        while contents:  # serialised messages are let go one by one
+            node, content = contents.popitem()
+            message = FlowerMessage(content, node, kind, group_id=str(round))
+            waiting.update({i: node for i in self._grid.push_messages([message]) if i})
+        began = time.monotonic()
+        while waiting and time.monotonic() - began < self._patience.reply:
+            for answer in self._grid.pull_messages(list(waiting)):
+                node = waiting.pop(answer.metadata.reply_to_message_id)
+                answers[node] = answer
+            if waiting:
+                self._pause(began)
+        return answers
+
+    def _pause(self, began: float) -> None:
+        """Waits a fiftieth of the time waited so far, within [5 ms, 1 s]."""
+        self._alive()
+        time.sleep(min(1.0, max(0.005, (time.monotonic() - began) / 50)))
+
+
+def _schema(outcome: Message | Failure) -> object:
+    """Messages of equal schema can be stacked; None for a failure."""
+    if isinstance(outcome, Failure):
+        return None
+    shapes = {
+        tree: {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()}
+        for tree, own in outcome.trees.items()
+    }
+    return shapes, set(outcome.scalars), set(outcome.blobs)

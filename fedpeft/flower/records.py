@@ -1,0 +1,170 @@
+"""Messages as Flower's records, and back, exactly; nothing is pickled.
+
+A message is one ``RecordDict``::
+
+    tree.NAME   ArrayRecord    one per tree, its tensors in the tree's order
+    scalars     MetricRecord   name -> float
+    blobs       ConfigRecord   name -> bytes
+    header      ConfigRecord   what transport needs to know, not part of the message
+
+A tensor is its ``.npy`` serialisation; bfloat16, which NumPy lacks, is that of its bits as uint16
+under a serialisation type of its own, so that nobody averages the bits as numbers. What comes in
+was written by another party: every field is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedpeft import tree as trees
+from fedpeft.errors import ReplyError
+from fedpeft.strategy import Message, Messages
+from fedpeft.tree import Tree
+
+NPY = "numpy.ndarray"
+"""Serialisation type of everything that NumPy has a type for; Flower's own name for it."""
+
+BF16 = "fedpeft.bfloat16"
+"""Serialisation type of bfloat16."""
+
+_TREE = "tree."
+_FLOATS = ["float64", "float32", "float16"]
+_NUMPY_TYPES = [*_FLOATS, "int64", "int32", "int16", "int8", "uint8", "bool"]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What travels beside a message and is in no ledger.
+
+    round: counts from 1; 0 outside rounds. client: whom the message is for or from. base, layout:
+    digests of the frozen base and of the trainable tensors. recipe: in requests, as YAML; a client
+    needs nothing else to prepare.
+    """
+
+    round: int = 0
+    client: str = ""
+    base: str = ""
+    layout: str = ""
+    recipe: str = ""
+
+
+def encode(message: Message, header: Header) -> RecordDict:
+    """One message as records."""
+    arrays = {name: encode_tree(tree) for name, tree in message.trees.items()}
+    return _records(arrays, message, header)
+
+
+def encode_stack(messages: Messages, headers: Sequence[Header]) -> list[RecordDict]:
+    """The messages of K clients as records; a tree that was broadcast is serialised once."""
+    same = {
+        name: encode_tree(trees.row(tree, 0))
+        for name, tree in messages.trees.items()
+        if all(tensor.stride(0) == 0 for tensor in tree.values())
+    }
+    found = []
+    for k, header in enumerate(headers):
+        one = messages[k]
+        own = {n: same[n] if n in same else encode_tree(t) for n, t in one.trees.items()}
+        found.append(_records(own, one, header))
+    return found
+
+
+def decode(content: RecordDict) -> tuple[Message, Header]:
+    """The message and its header. Raises ReplyError that names the first field that is wrong."""
+    found: dict[str, Tree] = {}
+    for key, record in content.items():
+        if key.startswith(_TREE) and isinstance(record, ArrayRecord):
+            found[key.removeprefix(_TREE)] = decode_tree(record, key)
+        elif (key, type(record)) not in _OTHERS:
+            raise ReplyError(f"record {key!r} of type {type(record).__name__} is unknown")
+    scalars, blobs, header = (content.get(key) for key, _ in _OTHERS)
+    if scalars is None or blobs is None or header is None:
+        missing = [key for key, _ in _OTHERS if key not in content]
+        raise ReplyError(f"record {missing[0]!r} is missing")
+    numbers = {}
+    for name, value in scalars.items():
+        if not isinstance(value, float):
+            raise ReplyError(f"scalar {name!r} is of type {type(value).__name__}, not float")
+        numbers[name] = value
+    payloads = {}
+    for name, value in blobs.items():
+        if not isinstance(value, bytes):
+            raise ReplyError(f"blob {name!r} is of type {type(value).__name__}, not bytes")
+        payloads[name] = value
+    assert isinstance(header, ConfigRecord)
+    return Message(found, numbers, payloads), _decode_header(header)
+
+
+_OTHERS = (("scalars", MetricRecord), ("blobs", ConfigRecord), ("header", ConfigRecord))
+
+
+def encode_tree(tree: Tree) -> ArrayRecord:
+    """A tree as an ArrayRecord."""
+    return ArrayRecord({name: _encode_tensor(tensor) for name, tensor in tree.items()})
+
+
+def decode_tree(record: ArrayRecord, field: str) -> Tree:
+    """The tree of an ArrayRecord. Raises ReplyError that begins with ``field`` and tensor name."""
+    return {name: _decode_tensor(array, f"{field} {name!r}") for name, array in record.items()}
+
+
+def _records(arrays: dict[str, ArrayRecord], message: Message, header: Header) -> RecordDict:
+    content = RecordDict({f"{_TREE}{name}": record for name, record in arrays.items()})
+    content["scalars"] = MetricRecord({name: float(v) for name, v in message.scalars.items()})
+    content["blobs"] = ConfigRecord(dict(message.blobs))
+    content["header"] = ConfigRecord({f.name: getattr(header, f.name) for f in fields(header)})
+    return content
+
+
+def _decode_header(record: ConfigRecord) -> Header:
+    known = {f.name: type(f.default) for f in fields(Header)}
+    for name in sorted({*known, *record}):
+        if name not in record or name not in known or type(record[name]) is not known[name]:
+            value = type(record[name]).__name__ if name in record else "missing"
+            wanted = known[name].__name__ if name in known else "unknown"
+            raise ReplyError(f"header field {name!r} is {value}, should be {wanted}")
+    return Header(**dict(record))  # type: ignore[arg-type]  # types were just checked
+
+
+def _encode_tensor(tensor: Tensor) -> Array:
+    plain = tensor.detach().cpu().contiguous()
+    if plain.dtype != torch.bfloat16:
+        return Array(plain.numpy())
+    bits = Array(plain.view(torch.uint16).numpy())
+    return Array("bfloat16", tuple(plain.shape), BF16, bits.data)
+
+
+def _decode_tensor(array: Array, field: str) -> Tensor:
+    """Reads the ``.npy`` header, and the data only where it is what the header and array say."""
+    if array.stype not in (NPY, BF16):
+        raise ReplyError(f"{field}: serialisation type {array.stype!r} is unknown")
+    stream = io.BytesIO(array.data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ValueError(f"version {version}")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception as error:  # whatever a hostile header makes NumPy's parser raise
+        raise ReplyError(f"{field}: no .npy data: {str(error)[:100]}") from None
+    allowed = ["uint16"] if array.stype == BF16 else _NUMPY_TYPES
+    if dtype.name not in allowed:
+        raise ReplyError(f"{field}: dtype {dtype} is not allowed")
+    said = (array.dtype, tuple(array.shape))
+    held = ("bfloat16" if array.stype == BF16 else dtype.name, shape)
+    if said != held:
+        raise ReplyError(f"{field}: announced as {said}, holds {held}")
+    left = len(array.data) - stream.tell()
+    if min(shape, default=0) < 0 or left != math.prod(shape) * dtype.itemsize:
+        raise ReplyError(f"{field}: {left} bytes of data for shape {shape} of {dtype}")
+    raw = np.frombuffer(array.data, dtype=dtype, offset=stream.tell())
+    values = raw.reshape(shape, order="F" if fortran else "C").astype(dtype.newbyteorder("="))
+    tensor = torch.from_numpy(np.ascontiguousarray(values).reshape(shape))
+    return tensor.view(torch.bfloat16) if array.stype == BF16 else tensor

@@ -1,0 +1,206 @@
+"""A run on Flower's simulation runtime: one node per client, actors of Ray that train them.
+
+Flower starts the simulation; the run itself stays in the caller's thread, so that its errors,
+Ctrl-C and result are the caller's own. Flower 1.41 deprecates this entry point in favour of a
+daemon that never runs in the caller's process; until there is another, this is the one place to
+mend.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
+from queue import Empty, Queue
+from typing import TypeVar
+
+import psutil
+import ray
+import torch
+from flwr.app import Context
+from flwr.server.superlink.fleet.vce.backend.backend import BackendConfig
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+from flwr.supercore import telemetry
+
+from fedpeft.config import Recipe
+from fedpeft.errors import FedpeftError
+from fedpeft.federation import Federation
+from fedpeft.flower.client_app import app
+from fedpeft.flower.federation import Digests, FlowerFederation
+
+T = TypeVar("T")
+
+GRACE = 3.0
+"""Seconds that clients who still train at the end of a run (an error, Ctrl-C) may go on."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How a machine is divided: actors, and CPU cores and GPUs for each."""
+
+    actors: int
+    cpus: int
+    gpus: float
+
+
+def divide(recipe: Recipe, nodes: int, workers: int) -> Shares:
+    """The machine's cores and GPUs in equal parts: ``workers`` of them, or (0) one per core."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    actors = min(workers or cores, nodes)
+    gpus = 0 if recipe.engine.device == "cpu" else torch.cuda.device_count()
+    return Shares(actors, max(1, cores // actors), int(1e4 * gpus / actors) / 1e4)
+
+
+def run_in_simulation(
+    recipe: Recipe,
+    nodes: int,
+    workers: int,
+    body: Callable[[Federation], T],
+    digests: Digests | None = None,
+) -> T:
+    """What ``body`` returns, given the federation of the recipe's clients on simulated nodes.
+
+    nodes: the number of clients. workers: clients that train at the same time (0: one per CPU
+    core). digests: as in FlowerFederation. Exceptions of ``body`` come through. Whatever happens,
+    no process is left behind.
+    """
+    if ray.is_initialized():
+        raise FedpeftError(
+            "engine.kind=flower starts Ray itself, but Ray is running in this process: call "
+            "ray.shutdown() first."
+        )
+    simulation = _Simulation(divide(recipe, nodes, workers), nodes)
+    with _quiet(simulation):
+        try:
+            grid = simulation.start()
+            return body(FlowerFederation(grid, recipe, nodes, digests, alive=simulation.check))
+        finally:
+            simulation.stop()
+
+
+class _Simulation:
+    """Flower's simulation in a thread of its own; it lives from ``start`` to ``stop``."""
+
+    def __init__(self, shares: Shares, nodes: int) -> None:
+        self._shares = shares
+        self._nodes = nodes
+        self._grid: Queue[Grid] = Queue()
+        self._over = threading.Event()
+        self._crash: BaseException | None = None
+        self._thread = threading.Thread(target=self._simulate, name="flower-simulation")
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has ended, and errors are of no more interest."""
+        return self._over.is_set()
+
+    def start(self) -> Grid:
+        """Starts Ray and Flower; returns the grid of the nodes."""
+        _start_ray(self._shares)
+        self._thread.start()
+        while True:
+            self.check()
+            try:
+                return self._grid.get(timeout=0.1)
+            except Empty:
+                continue
+
+    def check(self) -> None:
+        """Raises FedpeftError if the simulation has died."""
+        if not self._thread.is_alive():
+            raise FedpeftError(
+                f"Flower's simulation ended before the run did: {self._crash!r}. Lower "
+                f"engine.workers if memory ran out, or use engine.kind=cohort."
+            )
+
+    def stop(self) -> None:
+        """Ends the simulation and Ray; clients that still train after ``GRACE`` are cut short."""
+        self._over.set()
+        try:
+            if self._thread.ident is not None:
+                self._thread.join(GRACE)
+        finally:
+            if self._thread.is_alive():
+                with redirect_stdout(io.StringIO()):  # Ray reports each death there
+                    _kill_actors()
+                    self._thread.join()
+            ray.shutdown()
+
+    def _simulate(self) -> None:
+        server = ServerApp()
+
+        @server.main()
+        def main(grid: Grid, context: Context) -> None:
+            self._grid.put(grid)
+            self._over.wait()
+
+        config: BackendConfig = {
+            "client_resources": {"num_cpus": self._shares.cpus, "num_gpus": self._shares.gpus}
+        }
+        try:
+            run_simulation(server, app, self._nodes, backend_config=config)
+        except BaseException as error:
+            self._crash = error
+
+
+def _start_ray(shares: Shares) -> None:
+    """A local Ray of exactly the actors' resources; its workers import what this process can."""
+    settings = {
+        "OMP_NUM_THREADS": str(shares.cpus),
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; without it, it warns
+    }
+    with _environment(settings):
+        ray.init(
+            address="local",
+            num_cpus=shares.actors * shares.cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
+
+def _kill_actors() -> None:
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith("ray::ClientAppActor"):
+                process.kill()
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the processes that are started inside."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _quiet(simulation: _Simulation) -> Iterator[None]:
+    """No telemetry of Flower's; of its log only warnings and errors that matter."""
+
+    def worth_showing(record: logging.LogRecord) -> bool:
+        deprecated = "`run_simulation` function is deprecated" in record.getMessage()
+        return record.levelno >= logging.WARNING and not deprecated and not simulation.over
+
+    logger = logging.getLogger("flwr")
+    telemetry.FLWR_TELEMETRY_ENABLED = "0"
+    logger.addFilter(worth_showing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(worth_showing)

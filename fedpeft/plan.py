@@ -1,0 +1,85 @@
+"""The plan before the run: what it will train, send and need. Trains nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedpeft import sampling
+from fedpeft.cohort.chunk import MemoryEstimate, estimate
+from fedpeft.comms.ledger import Bytes, message_bytes, stack_bytes
+from fedpeft.local import steps_of
+from fedpeft.model import kind_of
+from fedpeft.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in numbers.
+
+    clients: how many; sampled: expected per round. examples, steps: per client (smallest, median,
+    largest); steps are optimizer steps per round. test: examples of the global test set.
+    trainable: parameters by kind; frozen: of the base. down, up: bytes per client and round by
+    kind. tokens: expected per round. memory: estimate per client of a chunk, in bytes.
+    """
+
+    strategy: str
+    lane: str
+    engine: str
+    device: str
+    chunk: int
+    rounds: int
+    clients: int
+    sampled: float
+    examples: tuple[int, int, int]
+    steps: tuple[int, int, int]
+    test: int
+    labels: int
+    trainable: dict[str, int]
+    frozen: int
+    down: Bytes
+    up: Bytes
+    tokens: int
+    memory: MemoryEstimate
+
+
+def make_plan(prepared: Prepared) -> Plan:
+    """The plan of a prepared run."""
+    recipe, network, population = prepared.recipe, prepared.network, prepared.population
+    names = list(prepared.problem.clients)
+    sent = prepared.strategy.send(prepared.strategy.init(prepared.problem), 1, names[:1])
+    reply = prepared.strategy.expects(sent[0])
+    sizes = np.array([len(client.train) for client in population.clients])
+    steps = np.array([steps_of(int(n), recipe.local) for n in sizes])
+    trainable: dict[str, int] = {}
+    for name, value in network.initial.items():
+        trainable[kind_of(name)] = trainable.get(kind_of(name), 0) + value.numel()
+    sampled = sampling.expected(recipe.rounds.sampling, len(names))
+    federation = prepared.federation()
+    tokens = sum(federation.tokens(name) for name in names) * sampled / len(names)
+    scalars = {"weight": 0.0, "loss": 0.0}
+    return Plan(
+        strategy=str(recipe.strategy["name"]),
+        lane=prepared.lane.name,
+        engine=recipe.engine.kind,
+        device=str(network.device),
+        chunk=prepared.chunk,
+        rounds=recipe.rounds.count,
+        clients=len(names),
+        sampled=sampled,
+        examples=_spread(sizes),
+        steps=_spread(steps),
+        test=len(population.test),
+        labels=len(population.labels),
+        trainable=trainable,
+        frozen=sum(p.numel() for p in network.model.parameters() if not p.requires_grad),
+        down=stack_bytes(sent),
+        up=message_bytes(type(sent[0])(reply, scalars)),
+        tokens=round(tokens),
+        memory=estimate(network, recipe.local, prepared.tokens_per_row),
+    )
+
+
+def _spread(values: np.ndarray) -> tuple[int, int, int]:
+    return int(values.min()), int(np.median(values)), int(values.max())

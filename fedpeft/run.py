@@ -1,0 +1,251 @@
+"""A run from recipe to table: rounds, evaluations, checkpoints, baselines, the exported adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedpeft import sampling
+from fedpeft.baselines import baseline, clients_outcome, test_score
+from fedpeft.comms.ledger import Ledger
+from fedpeft.config import Recipe
+from fedpeft.config_load import dump_recipe, load_recipe
+from fedpeft.engine import RoundReport, play_round
+from fedpeft.errors import QuorumError
+from fedpeft.evaluate import score
+from fedpeft.events import Outcome, Summary, Watcher
+from fedpeft.federation import Federation
+from fedpeft.metrics import Score
+from fedpeft.model import save_adapter
+from fedpeft.plan import make_plan
+from fedpeft.prepare import Prepared, prepare
+from fedpeft.record.checkpoint import Checkpoint, latest, save
+from fedpeft.record.folder import RunFolder
+from fedpeft.tree import Layout, Tree
+
+
+def run(recipe: Recipe, watcher: Watcher) -> Summary:
+    """A new run. Raises FedpeftError on bad input, before anything is written where possible.
+
+    KeyboardInterrupt and QuorumError leave a checkpoint of the last complete round.
+    """
+    RunFolder.check(Path(recipe.output.folder), recipe.output.overwrite)
+    prepared = prepare(recipe)
+    folder = RunFolder.create(Path(recipe.output.folder), recipe.output.overwrite)
+    folder.describe(dump_recipe(prepared.resolved()), prepared.population.fingerprint)
+    state = prepared.strategy.init(prepared.problem)
+    job = _Job(prepared, folder, watcher, Checkpoint(0, state, {}, _extra(Ledger(), 0, 0, 0.0)))
+    job.save()
+    return job.go()
+
+
+def resume(path: str, watcher: Watcher) -> Summary:
+    """Goes on with a run from its newest whole checkpoint, as if it had never stopped."""
+    folder = RunFolder.open(Path(path))
+    prepared = prepare(load_recipe(str(folder.path / "recipe.yaml"), [f"output.folder={path}"]))
+    folder.check_data(prepared.population.fingerprint)
+    kind = type(prepared.strategy.init(prepared.problem))
+    checkpoint, warnings = latest(folder.checkpoints, kind)
+    folder.metrics.truncate_after(checkpoint.round)
+    job = _Job(prepared, folder, watcher, checkpoint)
+    for text in [*warnings, f"resumed after round {checkpoint.round}"]:
+        job.note(checkpoint.round, text)
+    return job.go()
+
+
+def _extra(ledger: Ledger, excluded: int, dropped: int, seconds: float) -> dict[str, Any]:
+    books = {"excluded": excluded, "dropped": dropped, "seconds": seconds}
+    return {"down": dict(ledger.down), "up": dict(ledger.up), **books}
+
+
+@dataclass
+class _Job:
+    """A run under way. ``at`` is the last complete round, as it would be checkpointed."""
+
+    prepared: Prepared
+    folder: RunFolder
+    watcher: Watcher
+    at: Checkpoint[Any]
+    saved: int = field(default=-1)
+
+    def go(self) -> Summary:
+        """Rounds still to be played, then the end of the run."""
+        began = time.perf_counter()
+        recipe = self.prepared.recipe
+        self.watcher.planned(make_plan(self.prepared), str(self.folder.path))
+        self.watcher.stage(str(recipe.strategy["name"]), recipe.rounds.count)
+        own = self.prepared.federation(self.watcher.chunk_done)
+        if recipe.engine.kind != "flower":
+            outcome = self._federate(own)
+        else:
+            from fedpeft.flower.simulate import run_in_simulation
+
+            nodes = len(self.prepared.population.clients)
+            workers = recipe.engine.workers
+            outcome = run_in_simulation(recipe, nodes, workers, self._federate)
+        return self._finish(outcome, began)
+
+    def save(self) -> None:
+        """Writes the last complete round's checkpoint, unless it is there."""
+        if self.saved != self.at.round:
+            save(self.folder.checkpoints, self.at, self.prepared.recipe.output.keep)
+            self.saved = self.at.round
+
+    def note(self, number: int, text: str) -> None:
+        """A line in the record and on the screen."""
+        self.folder.metrics.append("note", number, {"text": text})
+        self.watcher.note(text)
+
+    def _federate(self, federation: Federation) -> Outcome:
+        """All rounds still to come, and the strategy's row of the last table."""
+        self.saved = self.at.round
+        federation.restore(self.at.memory)
+        count = self.prepared.recipe.rounds.count
+        try:
+            for number in range(self.at.round + 1, count + 1):
+                self._round(federation, number)
+        except (KeyboardInterrupt, QuorumError):
+            self.save()
+            raise
+        self.save()
+        return self._outcome(federation)
+
+    def _round(self, federation: Federation, number: int) -> None:
+        recipe, strategy = self.prepared.recipe, self.prepared.strategy
+        names = sampling.draw(
+            recipe.rounds.sampling, tuple(federation.clients()), recipe.seed, number
+        )
+        self.watcher.round_began(number, len(names), self._tokens(names))
+        state, report = play_round(
+            strategy, self.at.state, federation, recipe.rounds, recipe.seed, number
+        )
+        self.at = Checkpoint(number, state, federation.memory(), self._books(report))
+        due = number % recipe.evaluation.every == 0 or number == recipe.rounds.count
+        measured = self._test(state) if due and strategy.shares else None
+        self._log(report, measured)
+        self.watcher.round_done(report, measured)
+        if number % recipe.output.checkpoint_every == 0:
+            self.save()
+
+    def _tokens(self, names: Iterable[str]) -> int:
+        federation = self.prepared.federation()
+        return sum(federation.tokens(name) for name in names)
+
+    def _books(self, report: RoundReport) -> dict[str, Any]:
+        before = self.at.extra
+        ledger = Ledger(dict(before["down"]), dict(before["up"]))
+        ledger.add(report.down, report.up)
+        return _extra(
+            ledger,
+            before["excluded"] + len(report.excluded),
+            before["dropped"] + len(report.dropped),
+            before["seconds"] + report.seconds,
+        )
+
+    def _test(self, state: Any) -> Score:
+        prepared = self.prepared
+        adapter = prepared.strategy.adapter(state)
+        return score(prepared.network, prepared.lane, adapter, prepared.population.test)
+
+    def _log(self, report: RoundReport, measured: Score | None) -> None:
+        dropped = [{"client": name, "reason": "dropped out"} for name in report.dropped]
+        excluded = [{"client": n, "reason": why} for n, why in report.excluded.items()]
+        self.folder.metrics.append(
+            "round",
+            report.round,
+            {
+                "clients": len(report.sampled),
+                "replies": report.replied,
+                "failures": dropped + excluded,
+                "loss": report.loss,
+                "bytes_down": report.down,
+                "bytes_up": report.up,
+                "seconds": report.seconds,
+            },
+        )
+        if measured is not None:
+            fields = {"scope": "test", "score": measured.as_dict()}
+            self.folder.metrics.append("evaluation", report.round, fields)
+
+    def _outcome(self, federation: Federation) -> Outcome:
+        prepared, extra = self.prepared, self.at.extra
+        clients = clients_outcome(prepared, federation, self.at.state)
+        if clients.scores:
+            figures = {name: own.as_dict() for name, own in clients.scores.items()}
+            fields = {"scope": "clients", "score": figures}
+            self.folder.metrics.append("evaluation", None, fields)
+        return Outcome(
+            str(prepared.recipe.strategy["name"]),
+            test_score(prepared, federation, self.at.state),
+            clients.mean,
+            clients.worst,
+            extra["down"],
+            extra["up"],
+            extra["seconds"],
+        )
+
+    def _finish(self, outcome: Outcome, began: float) -> Summary:
+        adapter = self._export()
+        rows = [outcome]
+        for name in self.prepared.recipe.baselines:
+            if name == outcome.name:
+                continue
+            row = baseline(self.prepared, name, self.watcher)
+            self.folder.metrics.append("baseline", None, {"name": name, "score": row.score.as_dict()})
+            rows.append(row)
+        order = ["untrained", "local", outcome.name, "centralised"]
+        rows.sort(key=lambda row: order.index(row.name))
+        summary = Summary(
+            task=self.prepared.population.task,
+            rows=tuple(rows),
+            rounds=self.at.round,
+            excluded=self.at.extra["excluded"],
+            dropped=self.at.extra["dropped"],
+            folder=str(self.folder.path),
+            adapter=str(self.folder.adapter) if adapter else "",
+            seconds=time.perf_counter() - began,
+        )
+        digest = "" if adapter is None else tree_digest(adapter)
+        self.folder.metrics.append(
+            "summary", None, {"rows": [_row(r) for r in rows], "adapter_digest": digest}
+        )
+        self.watcher.finished(summary)
+        return summary
+
+    def _export(self) -> Tree | None:
+        """Writes the final adapter for peft; strategies without a global adapter have none."""
+        prepared = self.prepared
+        if not prepared.strategy.shares:
+            return None
+        adapter = prepared.strategy.adapter(self.at.state)
+        part = self.folder.path / ".adapter-writing"
+        shutil.rmtree(part, ignore_errors=True)
+        save_adapter(prepared.network, adapter, part, prepared.recipe.model.name)
+        shutil.rmtree(self.folder.adapter, ignore_errors=True)
+        part.rename(self.folder.adapter)
+        return adapter
+
+
+def tree_digest(values: Tree) -> str:
+    """SHA-256 over names, shapes and bytes of a tree: equal digests, bit-identical adapters."""
+    digest = hashlib.sha256(Layout.of(values).digest.encode())
+    for name in sorted(values):
+        digest.update(values[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _row(row: Outcome) -> dict[str, object]:
+    return {
+        "name": row.name,
+        "score": row.score.as_dict(),
+        "mean": row.mean,
+        "worst_decile": row.worst,
+        "bytes_down": row.down,
+        "bytes_up": row.up,
+        "seconds": row.seconds,
+    }

@@ -1,0 +1,189 @@
+"""Every lane gives the loop's logits and gradients, on padded batches, for encoders and decoders."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from fedpeft.cohort.choose import choose_lane
+from fedpeft.cohort.lanes import FoldLane, Lane, LoopLane, VmapLane
+from fedpeft.data.clients import Task
+from fedpeft.data.examples import Batch, Examples, flatten
+from fedpeft.metrics import client_sums
+from fedpeft.model import Network, attach, build_network
+from fedpeft.tree import Tree
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"kind": "lora", "r": 4, "lora_alpha": 16},
+    "dora": {"kind": "lora", "r": 4, "use_dora": True},
+    "rslora": {"kind": "lora", "r": 4, "use_rslora": True},
+    "lora bias": {"kind": "lora", "r": 4, "lora_bias": True},
+    "ia3": {"kind": "ia3"},
+    "vera": {"kind": "vera", "r": 8},
+    "prompt": {"kind": "prompt_tuning", "num_virtual_tokens": 3},
+    "prefix": {"kind": "prefix_tuning", "num_virtual_tokens": 3},
+}
+PROMPTS = ("prompt", "prefix")
+
+
+def base(task: Task, attention: str) -> nn.Module:
+    common = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 101,
+        "pad_token_id": 0,
+        "attn_implementation": attention,
+    }
+    torch.manual_seed(0)
+    if task == "classification":
+        model: nn.Module = BertForSequenceClassification(BertConfig(num_labels=5, **common))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **common))
+    return model.eval().requires_grad_(False)
+
+
+def network(task: Task, adapter: str, attention: str = "sdpa") -> Network:
+    model = attach(base(task, attention), ADAPTERS[adapter], task, 0)
+    return build_network(model, task, 5, torch.device("cpu"))
+
+
+def examples(task: Task) -> Examples:
+    rows = [[1 + (7 * j + i) % 100 for j in range(2 + i % 7)] for i in range(12)]
+    return flatten(rows, [i % 5 for i in range(12)] if task == "classification" else None, 0)
+
+
+def padded(task: Task) -> Batch:
+    """Three clients with 4, 2 and 3 rows of unequal lengths."""
+    return examples(task).batch(torch.tensor([[0, 1, 2, 3], [4, 5, -1, -1], [6, 7, 8, -1]]))
+
+
+def stacked(net: Network, clients: int = 3) -> Tree:
+    stream = torch.Generator().manual_seed(1)
+    return {
+        name: value + 0.05 * torch.randn((clients, *value.shape), generator=stream)
+        for name, value in net.initial.items()
+    }
+
+
+def run(net: Network, lane: Lane, batch: Batch, values: Tree) -> tuple[Tensor, Tensor]:
+    leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
+    logits = lane.logits(leaves, batch)
+    sums, counts = client_sums(net.task, logits, batch)
+    grads = torch.autograd.grad((sums / counts).sum(), list(leaves.values()))
+    return logits.detach(), torch.cat([g.flatten(1) for g in grads], dim=1)
+
+
+def gap(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.filterwarnings("ignore:.lora_bias=True.:peft.utils.warning.PeftWarning")  # Llama
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_batched_lanes_equal_the_loop(task: Task, adapter: str, attention: str) -> None:
+    net, batch = network(task, adapter, attention), padded(task)
+    values = stacked(net)
+    logits, grads = run(net, LoopLane(net.model), batch, values)
+    kinds = [VmapLane] if adapter in PROMPTS else [FoldLane, VmapLane]
+    for kind in kinds:
+        found_logits, found_grads = run(net, kind(net.model), batch, values)
+        assert gap(found_logits, logits) < 1e-5, kind.name
+        assert gap(found_grads, grads) < 1e-5, kind.name
+
+
+def test_the_loop_itself_equals_the_plain_model() -> None:
+    net, batch = network("classification", "lora"), padded("classification")
+    values = stacked(net)
+    logits, _ = run(net, LoopLane(net.model), batch, values)
+    assert batch.mask is not None
+    for k in range(3):
+        net.write({name: value[k] for name, value in values.items()})
+        rows = slice(4 * k, 4 * k + 4)
+        with torch.no_grad():
+            own = net.model(input_ids=batch.tokens[rows], attention_mask=batch.mask[rows]).logits
+        assert torch.equal(logits[rows], own)
+
+
+def test_padding_does_not_change_a_row() -> None:
+    net = network("classification", "lora")
+    lane, values = FoldLane(net.model), stacked(net)
+    full = lane.logits(values, padded("classification"))
+    alone = examples("classification").batch(torch.tensor([[0], [4], [6]]))
+    assert torch.allclose(lane.logits(values, alone), full[[0, 4, 8]], atol=1e-6)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "ia3", "prompt"])
+def test_no_client_sees_anothers_adapter(adapter: str) -> None:
+    net, batch = network("classification", adapter), padded("classification")
+    lane = choose_lane(net, examples("classification"))
+    values = stacked(net)
+    logits, grads = run(net, lane, batch, values)
+    for value in values.values():
+        value[1] = torch.nan
+    spoilt, spoilt_grads = run(net, lane, batch, values)
+    for k in (0, 2):
+        rows = slice(4 * k, 4 * k + 4)
+        assert torch.allclose(spoilt[rows], logits[rows], atol=1e-6)
+        assert torch.allclose(spoilt_grads[k], grads[k], atol=1e-6)
+
+
+def test_only_the_stacked_factor_differs_between_clients() -> None:
+    net, batch = network("classification", "lora"), padded("classification")
+    values = stacked(net)
+    shared = {n: v[0] for n, v in values.items() if ".lora_A." in n}
+    own = {n: v for n, v in values.items() if ".lora_A." not in n}
+    net.write(shared)
+    same_a = {n: shared[n].expand(3, *shared[n].shape) for n in shared}
+    for kind in (FoldLane, VmapLane, LoopLane):
+        found = kind(net.model).logits(own, batch)
+        wanted = LoopLane(net.model).logits(own | same_a, batch)
+        assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_the_model_is_whole_again_after_a_call_that_fails() -> None:
+    net, batch = network("classification", "lora"), padded("classification")
+    lane = FoldLane(net.model)
+    broken = {n: v[:2] for n, v in stacked(net).items()}  # two adapters for three clients
+    with pytest.raises(RuntimeError):
+        lane.logits(broken, batch)
+    assert not any("forward" in vars(module) for module in net.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("adapter", "lane"), [("lora", "fold"), ("dora", "fold"), ("ia3", "fold"), ("prompt", "vmap")]
+)
+def test_the_fastest_lane_that_agrees_is_chosen(adapter: str, lane: str) -> None:
+    net = network("classification", adapter)
+    assert choose_lane(net, examples("classification")).name == lane
+
+
+def test_what_no_transform_carries_runs_in_the_loop_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = {"kind": "lokr", "r": 4, "target_modules": ["query"], "module_dropout": 0.0}
+    model = attach(base("classification", "sdpa"), settings, "classification", 0)
+    net = build_network(model, "classification", 5, torch.device("cpu"))
+    with caplog.at_level(logging.INFO, logger="fedpeft"):
+        lane = choose_lane(net, examples("classification"))
+    said = caplog.text
+    assert lane.name in ("fold", "loop")
+    assert f"lane {lane.name}" in said
+
+
+def test_a_lane_that_is_silently_wrong_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = FoldLane.logits
+    monkeypatch.setattr(FoldLane, "logits", lambda self, s, b: 1.1 * real(self, s, b))
+    net = network("classification", "lora")
+    with caplog.at_level(logging.INFO, logger="fedpeft"):
+        assert choose_lane(net, examples("classification")).name == "vmap"
+    assert "fold passed over: gradients differ" in caplog.text

@@ -1,0 +1,205 @@
+"""The round loop: sampling, failures and rejoin, exclusion, quorum, and the books."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from fedpeft import tree
+from fedpeft.cohort.federation import CohortFederation
+from fedpeft.cohort.lanes import LoopLane
+from fedpeft.comms.ledger import message_bytes
+from fedpeft.config import Rounds, Sampling
+from fedpeft.engine import RoundReport, play_round
+from fedpeft.errors import QuorumError
+from fedpeft.federation import Failure
+from fedpeft.strategy import Cohort, Messages, Strategy, build
+from fedpeft.strategies.fedavg import FedAvg, State
+from fedpeft.strategies.local import Local
+from tests.tiny import IA3, LORA, Tiny
+
+
+def play(
+    tiny: Tiny, strategy: Strategy[Any], federation: CohortFederation, rounds: Rounds
+) -> tuple[Any, list[RoundReport]]:
+    state, reports = strategy.init(tiny.problem), []
+    for number in range(1, rounds.count + 1):
+        state, report = play_round(strategy, state, federation, rounds, tiny.seed, number)
+        reports.append(report)
+    return state, reports
+
+
+def relative(found: tree.Tree, wanted: tree.Tree) -> float:
+    return tree.norm(tree.sub(found, wanted)) / tree.norm(wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [("fedavg", LORA), ("fedavg", IA3), ("fedprox", LORA), ("fedprox", IA3), ("ffa_lora", LORA)],
+)
+def test_cohort_equals_sequential(name: str, adapter: dict[str, Any]) -> None:
+    found = []
+    for chunk, lane in ((1, LoopLane), (3, None), (8, None)):
+        tiny, strategy = Tiny(adapter=adapter), build(name, {})
+        federation = tiny.federation(strategy, chunk, *([lane] if lane else []))
+        state, _ = play(tiny, strategy, federation, tiny.rounds)
+        found.append(strategy.adapter(state))
+    tiny = Tiny(adapter=adapter)
+    begin = strategy.adapter(strategy.init(tiny.problem))
+    assert relative(found[1], found[0]) < 1e-5 and relative(found[2], found[0]) < 1e-5
+    assert relative(found[0], begin) > 1e-3
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not() -> None:
+    rounds = Rounds(count=2, sampling=Sampling("uniform", fraction=0.5))
+
+    def adapter(seed: int) -> tree.Tree:
+        tiny = Tiny(rounds=rounds, seed=seed)
+        state, _ = play(tiny, FedAvg(), tiny.federation(FedAvg()), rounds)
+        return FedAvg().adapter(state)
+
+    first, again, other = adapter(0), adapter(0), adapter(1)
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert not all(torch.equal(first[n], other[n]) for n in first)
+
+
+def test_weights_are_examples_or_equal() -> None:
+    for weighting in ("examples", "equal"):
+        rounds = Rounds(count=1, weighting=weighting)  # type: ignore[arg-type]
+        tiny = Tiny(rounds=rounds)
+        federation = tiny.federation(FedAvg())
+        sent = FedAvg().send(FedAvg().init(tiny.problem), 1, ("c0", "c1", "c2", "c3"))
+        (reply,) = [r for r in federation.run(1, sent) if isinstance(r, Messages)]
+        expected = [5, 9, 3, 12] if weighting == "examples" else [1, 1, 1, 1]
+        assert reply.scalars["weight"].tolist() == expected
+        own = reply.trees["adapter"]
+        p = torch.tensor(expected, dtype=torch.float64)
+        p /= p.sum()
+        wanted = {n: torch.tensordot(p, v.double(), 1).float() for n, v in own.items()}
+        state, _ = play_round(FedAvg(), FedAvg().init(tiny.problem), federation, rounds, 0, 1)
+        assert relative(state.adapter, wanted) < 1e-6
+
+
+def test_books_count_every_participant_down_and_every_delivery_up() -> None:
+    rounds = Rounds(count=6, failure_rate=0.4, quorum=0.0)
+    tiny = Tiny(rounds=rounds)
+    state, reports = play(tiny, FedAvg(), tiny.federation(FedAvg()), rounds)
+    one = message_bytes(FedAvg().send(state, 1, ["c0"])[0])
+    assert any(r.dropped for r in reports) and any(not r.dropped for r in reports)
+    for report in reports:
+        assert report.replied + len(report.dropped) == len(report.sampled) == 4
+        assert {k: v for k, v in report.down.items() if v} == {k: 4 * v for k, v in one.items()}
+        assert report.up["adapter"] == report.replied * one["adapter"]
+        assert report.up["head"] == report.replied * one["head"]
+        assert math.isfinite(report.loss)
+    dropped = {name for r in reports for name in r.dropped}
+    rejoined = {n for n in dropped for r in reports if n in r.sampled and n not in r.dropped}
+    assert dropped == rejoined
+
+
+def test_an_empty_poisson_round_keeps_the_state() -> None:
+    rounds = Rounds(count=1, sampling=Sampling("poisson", rate=1e-9))
+    tiny = Tiny(rounds=rounds)
+    begin = FedAvg().init(tiny.problem)
+    state, report = play_round(FedAvg(), begin, tiny.federation(FedAvg()), rounds, 0, 1)
+    assert state is begin and report.sampled == () and report.down == report.up == {}
+
+
+@dataclass(frozen=True)
+class Spoiler(Strategy[State]):
+    """FedAvg whose client c1 replies with a fault."""
+
+    fault: str = "nan"
+
+    def init(self, problem: Any) -> State:
+        return FedAvg().init(problem)
+
+    def send(self, state: State, round: int, clients: Any) -> Messages:
+        return FedAvg().send(state, round, clients)
+
+    def train(self, messages: Messages, cohort: Cohort) -> Messages:
+        if self.fault == "raise" and "c1" in cohort.clients:
+            raise OSError("disk on fire")
+        reply = FedAvg().train(messages, cohort)
+        if "c1" not in cohort.clients:
+            return reply
+        k = cohort.clients.index("c1")
+        if self.fault == "nan":
+            reply.trees["adapter"][next(iter(cohort.initial))][k] = torch.nan
+        if self.fault == "weight":
+            reply.scalars["weight"][k] = 1e6
+        return reply
+
+    def receive(self, state: State, replies: Any) -> State:
+        return FedAvg().receive(state, replies)
+
+    def adapter(self, state: State) -> tree.Tree:
+        return state.adapter
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("nan", "NaN or Inf in tensor"),
+        ("weight", "registered with 9.0"),
+        ("raise", "OSError: disk on fire"),
+    ],
+)
+def test_one_faulty_client_is_excluded_named_and_the_round_goes_on(fault: str, said: str) -> None:
+    rounds = Rounds(count=2)
+    tiny = Tiny(rounds=rounds)
+    state, reports = play(tiny, Spoiler(fault), tiny.federation(Spoiler(fault)), rounds)
+    for report in reports:
+        assert list(report.excluded) == ["c1"] and said in report.excluded["c1"]
+        assert report.replied == 3
+    data = tiny.population
+    others = dataclasses.replace(data, clients=tuple(c for c in data.clients if c.name != "c1"))
+    tiny.population = others
+    wanted, _ = play(tiny, FedAvg(), tiny.federation(FedAvg()), rounds)
+    assert relative(state.adapter, wanted.adapter) < 1e-6
+
+
+def test_too_few_replies_end_the_run_with_reasons_and_keep_the_state() -> None:
+    rounds = Rounds(count=1, quorum=0.9)
+    tiny = Tiny(rounds=rounds)
+    begin = FedAvg().init(tiny.problem)
+    before = {n: v.clone() for n, v in begin.adapter.items()}
+    with pytest.raises(QuorumError, match=r"round 1: 3 valid replies of 4.*c1: NaN.*quorum"):
+        play_round(Spoiler(), begin, tiny.federation(Spoiler()), rounds, 0, 1)
+    assert all(torch.equal(before[n], begin.adapter[n]) for n in before)
+
+
+def test_private_memory_survives_rounds_in_which_a_client_is_absent() -> None:
+    rounds = Rounds(count=5, sampling=Sampling("uniform", fraction=0.5))
+    tiny = Tiny(rounds=rounds)
+    federation = tiny.federation(Local(), chunk=3)
+    state, reports = play(tiny, Local(), federation, rounds)
+    times = {name: sum(name in r.sampled for r in reports) for name in federation.clients()}
+    assert min(times.values()) < max(times.values())
+    alone = Tiny(rounds=rounds)
+    for name in (n for n, t in times.items() if t):
+        one = alone.federation(Local(), 1, LoopLane)
+        for r in reports:
+            if name in r.sampled:
+                list(one.run(r.round, Local().send(state, r.round, [name])))
+        kept = one.memory()[name]["adapter"]
+        assert relative(federation.memory()[name]["adapter"], kept) < 1e-5
+
+
+def test_every_client_appears_once_and_in_order_whatever_the_chunk() -> None:
+    tiny = Tiny()
+    names = ("c0", "c1", "c2", "c3")
+    for chunk in (1, 2, 3, 4):
+        federation = tiny.federation(Spoiler("raise"), chunk)
+        seen: list[str] = []
+        sent = FedAvg().send(FedAvg().init(tiny.problem), 1, names)
+        found: Iterator[Messages | Failure] = federation.run(1, sent)
+        for each in found:
+            seen.extend([each.client] if isinstance(each, Failure) else each.clients)
+        assert tuple(seen) == names
