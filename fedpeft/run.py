@@ -16,7 +16,7 @@ from fedpeft.comms.ledger import Ledger
 from fedpeft.config import Recipe
 from fedpeft.config_load import dump_recipe, load_recipe
 from fedpeft.engine import RoundReport, play_round
-from fedpeft.errors import QuorumError
+from fedpeft.errors import FedpeftError, QuorumError
 from fedpeft.evaluate import score
 from fedpeft.events import Outcome, Summary, Watcher
 from fedpeft.federation import Federation
@@ -39,7 +39,8 @@ def run(recipe: Recipe, watcher: Watcher) -> Summary:
     folder = RunFolder.create(Path(recipe.output.folder), recipe.output.overwrite)
     folder.describe(dump_recipe(prepared.resolved()), prepared.population.fingerprint)
     state = prepared.strategy.init(prepared.problem)
-    job = _Job(prepared, folder, watcher, Checkpoint(0, state, {}, _extra(Ledger(), 0, 0, 0.0)))
+    extra = _extra(Ledger(), 0, 0, 0.0) | {"base": prepared.network.digest}
+    job = _Job(prepared, folder, watcher, Checkpoint(0, state, {}, extra))
     job.save()
     return job.go()
 
@@ -51,6 +52,12 @@ def resume(path: str, watcher: Watcher) -> Summary:
     folder.check_data(prepared.population.fingerprint)
     kind = type(prepared.strategy.init(prepared.problem))
     checkpoint, warnings = latest(folder.checkpoints, kind)
+    if checkpoint.extra["base"] != prepared.network.digest:
+        raise FedpeftError(
+            f"{path}: the run was made with another base model (digest {checkpoint.extra['base']}, "
+            f"now {prepared.network.digest}): restore model.name={prepared.recipe.model.name!r} as it "
+            f"was, or start a new run."
+        )
     folder.metrics.truncate_after(checkpoint.round)
     job = _Job(prepared, folder, watcher, checkpoint)
     for text in [*warnings, f"resumed after round {checkpoint.round}"]:
@@ -137,10 +144,10 @@ class _Job:
         return sum(federation.tokens(name) for name in names)
 
     def _books(self, report: RoundReport) -> dict[str, Any]:
-        before = self.at.extra
+        before = dict(self.at.extra)
         ledger = Ledger(dict(before["down"]), dict(before["up"]))
         ledger.add(report.down, report.up)
-        return _extra(
+        return before | _extra(
             ledger,
             before["excluded"] + len(report.excluded),
             before["dropped"] + len(report.dropped),

@@ -123,9 +123,9 @@ def check(
     RECIPE and KEY=VALUE are as for `fedpeft run`.
     """
     out, screen = sys.stdout, Console(highlight=False)
-    logs.set_up(Console(stderr=True) if json else screen, False, verbose)
+    told = Console(stderr=True) if json else screen
     with reported(verbose):
-        with Bars(screen, shown=not json):
+        with logs.shown(told, verbose=verbose), Bars(screen, shown=not json):
             from fedpeft.config_load import load_recipe
             from fedpeft.plan import make_plan
             from fedpeft.prepare import prepare

@@ -22,6 +22,7 @@ class Bars:
             BarColumn(bar_width=20),
             TextColumn("{task.fields[done]}"),
             TextColumn("{task.fields[rate]}", style="cyan"),
+            TextColumn("ETA"),
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.text import Text
@@ -33,19 +35,35 @@ class _Lines(logging.Handler):
         self._console.print(Text(self.format(record), style), soft_wrap=True)
 
 
-def set_up(console: Console, quiet: bool, verbose: bool) -> None:
-    """Sends what is logged to ``console``; call it before torch and its like are imported.
+def _without_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info
 
-    Of fedpeft: errors with ``quiet``, everything from INFO with ``verbose``, else warnings. Of the
-    other libraries: warnings with ``verbose``, else errors, and no progress bars.
+
+@contextmanager
+def shown(console: Console, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
+    """Sends what is logged to ``console``; enter it before torch and its like are imported.
+
+    Of fedpeft: with ``verbose`` everything from INFO, with ``quiet`` errors, else warnings; those
+    with a traceback are details (the user hears of an excluded client otherwise) and verbose too.
+    Of the other libraries: with ``verbose`` warnings, else errors, and no progress bars.
     """
+    before = dict(os.environ)
     for name, value in ({} if verbose else _QUIET).items():
         os.environ.setdefault(name, value)
-    logging.captureWarnings(True)
-    root = logging.getLogger()
-    for old in [handler for handler in root.handlers if isinstance(handler, _Lines)]:
-        root.removeHandler(old)
-    root.addHandler(_Lines(console))
+    handler, root, own = _Lines(console), logging.getLogger(), logging.getLogger("fedpeft")
+    if not verbose:
+        handler.addFilter(_without_traceback)
+    levels = (root.level, own.level)
+    root.addHandler(handler)
     root.setLevel(logging.WARNING if verbose else logging.ERROR)
-    own = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
-    logging.getLogger("fedpeft").setLevel(own)
+    own.setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+        root.setLevel(levels[0])
+        own.setLevel(levels[1])
+        for name in _QUIET.keys() - before.keys():
+            os.environ.pop(name, None)

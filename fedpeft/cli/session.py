@@ -37,13 +37,13 @@ def play(start: Callable[[Watcher], Summary], mode: Mode) -> None:
     """
     out = sys.stdout
     human = Console(file=sys.stderr if mode.json else out, highlight=False)
-    logs.set_up(human, mode.quiet, mode.verbose)
     watchers: list[Lines | Quiet | Json] = []
 
     def folder() -> str | None:
         return watchers[0].folder if watchers else None
 
     with reported(mode.verbose, folder), contextlib.ExitStack() as stack:
+        stack.enter_context(logs.shown(human, mode.quiet, mode.verbose))
         if mode.json:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         bars = stack.enter_context(Bars(human, shown=not (mode.quiet or mode.json)))

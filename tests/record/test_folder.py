@@ -127,7 +127,7 @@ def test_open_refuses_what_is_no_run_folder(tmp_path: Path) -> None:
     used(tmp_path / "first")
     with pytest.raises(FedpeftError, match=r"frist is not a folder\. Did you mean 'first'\?"):
         RunFolder.open(tmp_path / "frist")
-    with pytest.raises(FedpeftError, match="is not a run folder: it has no run.json"):
+    with pytest.raises(FedpeftError, match=r"is not a run folder: it has no run\.json"):
         RunFolder.open(tmp_path)
     with pytest.raises(FedpeftError, match="is not a folder"):
         RunFolder.open(tmp_path / "none" / "none")
