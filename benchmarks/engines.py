@@ -1,4 +1,4 @@
-"""fedpeft's own engines on a workload: the round loop, federated averaging, cohort or sequential."""
+"""fedpeft's engines on a workload: its round loop, federated averaging, cohort or sequential."""
 
 from __future__ import annotations
 
@@ -7,16 +7,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.model import build_model
 from benchmarks.recorder import Recorder, mark_first_step
-from benchmarks.workload import (
-    CLASSES,
-    SEED,
-    Texts,
-    Workload,
-    build_model,
-    client_name,
-    clients_of,
-)
+from benchmarks.texts import Texts
+from benchmarks.workload import CLASSES, SEED, Workload, client_name, clients_of
 from fedpeft.cohort.choose import choose_lane
 from fedpeft.cohort.chunk import choose
 from fedpeft.cohort.federation import CohortFederation, Settings
@@ -61,10 +55,8 @@ def federations(
 
 
 def engine(workload: Workload, recorder: Recorder, kind: str, chunk: int) -> dict[str, Any]:
-    """Plays the rounds; ``kind`` is ``cohort`` or ``sequential``, ``chunk`` 0 lets fedpeft choose."""
-    network = build_network(
-        build_model(workload), "classification", CLASSES, torch.device("cpu")
-    )
+    """Plays the rounds; ``kind`` is ``cohort`` or ``sequential``; fedpeft chooses a chunk of 0."""
+    network = build_network(build_model(workload), "classification", CLASSES, torch.device("cpu"))
     if kind == "cohort":
         lane = choose_lane(network, population(workload).examples)
         size = chunk or choose(network, workload.local, workload.tokens)
@@ -80,5 +72,6 @@ def engine(workload: Workload, recorder: Recorder, kind: str, chunk: int) -> dic
         recorder.begin()
         state, report = play_round(strategy, state, federation, ROUNDS, SEED, round)
         assert report.replied == workload.cohort, report.excluded
-        recorder.end(lambda state=state: strategy.adapter(state))
+        if recorder.end():
+            recorder.keep(strategy.adapter(state))
     return {"lane": lane.name, "chunk": size}

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks.model import build_model, trainable
 from benchmarks.recorder import Recorder, mark_first_step
-from benchmarks.workload import Texts, Workload, build_model, clients_of, trainable
+from benchmarks.texts import Texts
+from benchmarks.workload import Workload, clients_of
 
 
 def train_steps(
@@ -20,23 +22,24 @@ def train_steps(
     """One optimizer step per batch: tokens ``[steps, batch, T]``, labels ``[steps, batch]``."""
     for x, y in zip(tokens, labels, strict=True):
         optimizer.zero_grad()
-        cross_entropy(model(input_ids=x).logits, y).backward()
+        loss = cross_entropy(model(input_ids=x).logits, y)
+        torch.autograd.backward(loss)
         optimizer.step()
 
 
 @torch.no_grad()
-def load(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+def load(parameters: list[Tensor], values: list[Tensor]) -> None:
     """Copies values into parameters."""
     torch._foreach_copy_(parameters, values)
 
 
-def sequential_loop(workload: Workload, recorder: Recorder) -> None:
-    """Federated averaging, client by client."""
+def sequential_loop(workload: Workload, recorder: Recorder) -> dict[str, float]:
+    """Federated averaging, client by client; returns how far the adapter went in all rounds."""
     texts, model = Texts.draw(workload), build_model(workload)
     named = trainable(model)
-    parameters = list(named.values())
+    parameters: list[Tensor] = list(named.values())
     optimizer = torch.optim.SGD(parameters, lr=workload.local.lr, foreach=True)
-    state = [p.detach().clone() for p in parameters]
+    initial = state = [p.detach().clone() for p in parameters]
     mark_first_step(model, recorder.folder)
     for round in range(1, recorder.rounds + 1):
         recorder.begin()
@@ -47,7 +50,10 @@ def sequential_loop(workload: Workload, recorder: Recorder) -> None:
             train_steps(model, optimizer, texts.tokens[order], texts.labels[order])
             torch._foreach_add_(total, [p.detach() for p in parameters])
         state = [value / workload.cohort for value in total]
-        recorder.end(lambda state=state: dict(zip(named, state, strict=True)))
+        if recorder.end():
+            recorder.keep(dict(zip(named, state, strict=True)))
+    moved = max(float((new - old).abs().max()) for new, old in zip(state, initial, strict=True))
+    return {"largest_update": moved}
 
 
 def centralised(workload: Workload, recorder: Recorder, batch: int) -> None:
@@ -62,4 +68,4 @@ def centralised(workload: Workload, recorder: Recorder, batch: int) -> None:
         shuffled = pool[torch.randperm(len(pool))]
         order = shuffled[: len(pool) // batch * batch].view(-1, batch)
         train_steps(model, optimizer, texts.tokens[order], texts.labels[order])
-        recorder.end(None)
+        recorder.end()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 COMPARED_AFTER = 3
@@ -26,24 +27,31 @@ def machine_cpu() -> float:
     return float(busy)
 
 
-def children_cpu() -> float:
-    """CPU seconds of this process's living descendants."""
+def cpu_beside_me(root: int) -> float:
+    """CPU seconds of the living processes of the tree under ``root``, this process left out."""
+    top = psutil.Process(root)
     total = 0.0
-    for child in psutil.Process().children(recursive=True):
+    for process in [top, *top.children(recursive=True)]:
         try:
-            used = child.cpu_times()
+            used = process.cpu_times()
         except psutil.Error:
             continue
-        total += used.user + used.system
+        if process.pid != os.getpid():
+            total += used.user + used.system
     return total
 
 
 @dataclass
 class Recorder:
-    """Writes its findings into ``folder``; ``rounds`` counts the untimed first one too."""
+    """Writes its findings into ``folder``.
+
+    rounds: how many there will be, the untimed first one counted. root: the process at the top of
+    the way's tree.
+    """
 
     folder: Path
     rounds: int
+    root: int
     seconds: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
@@ -54,19 +62,22 @@ class Recorder:
     def begin(self) -> None:
         """The next round begins now."""
         self._machine = machine_cpu()
-        self._own = children_cpu() + time.process_time()
+        self._own = cpu_beside_me(self.root) + time.process_time()
         self._began = time.perf_counter()
 
-    def end(self, adapter: Callable[[], Mapping[str, Tensor]] | None) -> None:
-        """The round is over; ``adapter`` gives the global adapter (None: nothing comparable)."""
+    def end(self) -> bool:
+        """The round is over. True if its global adapter is the one to compare: ``keep`` it."""
         self.seconds.append(time.perf_counter() - self._began)
-        own = time.process_time() + children_cpu() - self._own
+        own = time.process_time() + cpu_beside_me(self.root) - self._own
         everything = machine_cpu() - self._machine
         self.cpu.append(own)
         self.others.append(max(0.0, everything - own))
-        if adapter is not None and len(self.seconds) == min(COMPARED_AFTER, self.rounds):
-            values = {n: v.detach().cpu().numpy() for n, v in adapter().items()}
-            np.savez(self.folder / "adapter.npz", **values)
+        return len(self.seconds) == min(COMPARED_AFTER, self.rounds)
+
+    def keep(self, adapter: Mapping[str, Tensor]) -> None:
+        """Writes ``adapter.safetensors``."""
+        values = {name: value.detach().contiguous() for name, value in adapter.items()}
+        save_file(values, self.folder / "adapter.safetensors")
 
     def save(self, notes: Mapping[str, Any]) -> None:
         """Writes ``run.json``."""

@@ -25,7 +25,7 @@ class State:
     """The global adapter, and s of every LoRA layer."""
 
     adapter: Tree
-    scaling: Mapping[str, float]
+    scaling: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class FedProx(Strategy[State]):
                 "strategy.space='product' measures LoRA's updates B A, but the adapter has no "
                 "lora_A and lora_B: set adapter.kind=lora, or strategy.space=factor."
             )
-        return State(problem.initial, problem.scaling)
+        return State(problem.initial, dict(problem.scaling))
 
     def send(self, state: State, round: int, clients: Sequence[str]) -> Messages:
         scalars = state.scaling if self.space == "product" else {}

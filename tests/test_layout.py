@@ -23,7 +23,7 @@ import fedpeft.strategies
 from fedpeft.strategy import available
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {"fedpeft": 20, "strategies": 6, "experiments": 1, "benchmarks": 1, "tests": 10, ".ci": 1}
+FOLDERS = {"fedpeft": 40, "strategies": 6, "experiments": 1, "benchmarks": 3, "tests": 30, ".ci": 1}
 SHIPPED = ("fedpeft", "strategies")
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 400
@@ -232,7 +232,8 @@ def test_documents_name_paths_and_targets_that_exist() -> None:
         links, paths = markdown_references(text)
         checked += len(links) + len(paths)
         missing += [f"{name(document)}: {x}" for x in links if not (document.parent / x).exists()]
-        missing += [f"{name(document)}: {x}" for x in paths if not any(ROOT.glob(x.rstrip("/")))]
+        globs = {x: x.replace("NAME", "*").rstrip("/") for x in paths}
+        missing += [f"{name(document)}: {x}" for x, g in globs.items() if not any(ROOT.glob(g))]
         verbs = set(re.findall(r"`make (\w+)", text)) | set(re.findall(r"^make (\w+)", text, re.M))
         missing += [f"{name(document)}: make {x}" for x in verbs - targets]
     assert checked > 10

@@ -47,9 +47,10 @@ def _figures(row: Outcome, classes: bool) -> tuple[str, str, str, str]:
             units.percent(row.mean),
             units.percent(row.worst),
         )
+    perplexity = math.nan if math.isnan(score.loss) else score.perplexity
     return (
         units.figure(score.loss),
-        units.figure(score.perplexity, 2),
+        units.figure(perplexity, 2),
         units.figure(row.mean),
         units.figure(row.worst),
     )

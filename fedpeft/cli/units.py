@@ -59,7 +59,7 @@ def clock(value: float) -> str:
     >>> clock(3725)
     '1 h 02 min'
     """
-    if value < 60:
+    if round(value, 1) < 60:
         return f"{value:.1f} s"
     minutes = round(value / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -51,10 +51,15 @@ class Shares:
 
 def divide(recipe: Recipe, nodes: int, workers: int) -> Shares:
     """The machine's cores and GPUs in equal parts: ``workers`` of them, or (0) one per core."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    cores = _cores()
     actors = min(workers or cores, nodes)
     gpus = 0 if recipe.engine.device == "cpu" else torch.cuda.device_count()
     return Shares(actors, max(1, cores // actors), int(1e4 * gpus / actors) / 1e4)
+
+
+def _cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def run_in_simulation(

@@ -38,7 +38,7 @@ from fedpeft.record.files import failed_write, sync_folder, write_synced
 S = TypeVar("S")
 
 VERSION = 1
-SHARD = 128 * 2**20
+SHARD = 32 * 2**20
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"round-(\d{6,})(?:\.(\d+))?")
 _HIDDEN = ".writing-"

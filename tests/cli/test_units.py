@@ -31,12 +31,9 @@ def test_total() -> None:
 
 
 def test_percent_has_one_decimal() -> None:
-    assert [units.percent(x) for x in (0.8765, 1.0, 0.0, math.nan)] == [
-        "87.6 %" if f"{87.65:.1f}" == "87.6" else "87.7 %",
-        "100.0 %",
-        "0.0 %",
-        "–",
-    ]
+    texts = [units.percent(x) for x in (0.8766, 1.0, 0.0, math.nan)]
+    assert texts == ["87.7 %", "100.0 %", "0.0 %", "–"]
+    assert units.percent(0.00321, 2) == "0.32 %"
 
 
 def test_figure() -> None:
@@ -45,7 +42,12 @@ def test_figure() -> None:
 
 
 def test_seconds() -> None:
-    assert [units.seconds(x) for x in (0.0, 0.04, 12.34, 1234.56)] == ["–", "0.0", "12.3", "1,234.6"]
+    assert [units.seconds(x) for x in (0.0, 0.04, 12.34, 1234.56)] == [
+        "–",
+        "0.0",
+        "12.3",
+        "1,234.6",
+    ]
 
 
 def test_clock() -> None:

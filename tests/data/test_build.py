@@ -170,6 +170,18 @@ def test_a_client_keeps_its_holdout_whoever_else_takes_part(
     assert few == {name: all_[name] for name in few}
 
 
+def test_clients_of_equal_size_hold_out_different_places(
+    source: str, encoder_tokenizer: Fast
+) -> None:
+    data = Data(source=source, client="who")
+    population = build_population(data, PARTITIONS[-1], encoder_tokenizer, 0)
+    places = set()
+    for client in population.clients:
+        numbers = np.sort(np.concatenate([client.train, client.holdout]))
+        places.add(tuple(np.searchsorted(numbers, client.holdout)))
+    assert len(places) == 6
+
+
 def test_fingerprint_changes_with_everything(source: str, encoder_tokenizer: Fast) -> None:
     data, partition = Data(source=source, test="test"), PARTITIONS[1]
     first = build_population(data, partition, encoder_tokenizer, 0)

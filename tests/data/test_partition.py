@@ -82,6 +82,13 @@ def test_dirichlet_alpha_sets_the_skew() -> None:
     assert largest_share(100.0) < 0.3 < 0.5 < largest_share(0.1)
 
 
+def test_dirichlet_shares_are_drawn_by_the_seed() -> None:
+    rows = rows_of(600)
+    partition = Partition(kind="dirichlet", clients=5, min_examples=1)
+    sizes = [[len(part) for _, part in divide(rows, partition, ones(rows), s)] for s in (0, 1)]
+    assert sizes[0] != sizes[1]
+
+
 def test_dirichlet_keeps_the_minimum() -> None:
     rows = rows_of(600)
     partition = Partition(kind="dirichlet", clients=8, alpha=0.5, min_examples=30)

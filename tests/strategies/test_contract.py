@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from fedpeft import tree
 from fedpeft.errors import FedpeftError
+from fedpeft.record import codec
 from fedpeft.strategy import Messages, Strategy, available, build, load
 from tests.strategies.toy import Played, Toy, distance, equal, everyone, make, play, some
 
@@ -57,49 +57,22 @@ def toy_for(strategy: Strategy[Any], dtype: torch.dtype = torch.float64) -> Toy:
     return make(1 if strategy.pools else 5, dtype)
 
 
-def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """A state as JSON and named tensors. Fails on anything but trees, numbers and containers."""
-    if isinstance(value, Tensor):
-        tensors[path] = value.clone().contiguous()
-        return {"tensor": path}
-    if isinstance(value, Mapping):
-        assert all(isinstance(key, str) for key in value), path
-        return {"map": {k: encode(v, f"{path}/{k}", tensors) for k, v in value.items()}}
-    if isinstance(value, list | tuple):
-        return {"list": [encode(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
-    assert value is None or type(value) in (bool, int, float, str), f"{path}: {type(value)}"
-    return value
-
-
-def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "map":
-        return {key: decode(v, tensors) for key, v in content.items()}
-    return [decode(v, tensors) for v in content]
-
-
 def to_bytes(state: Any) -> tuple[str, bytes]:
-    """A whole state as JSON text and safetensors bytes."""
-    tensors: dict[str, Tensor] = {}
-    names = [f.name for f in dataclasses.fields(state)]
-    plan = {name: encode(getattr(state, name), name, tensors) for name in names}
-    return json.dumps(plan, sort_keys=True), write_tensors(tree.sort(tensors))
+    """A whole state as a checkpoint holds it: JSON text and safetensors bytes."""
+    tensors, plan = codec.encode(state)
+    return json.dumps(plan), write_tensors({n: x.clone() for n, x in tensors.items()})
 
 
 def from_bytes(kind: type[Any], data: tuple[str, bytes]) -> Any:
-    tensors = read_tensors(data[1])
-    return kind(**{name: decode(v, tensors) for name, v in json.loads(data[0]).items()})
+    return codec.decode(kind, read_tensors(data[1]), json.loads(data[0]))
 
 
 def message_bytes(messages: Messages) -> Any:
     """Everything that a stack of messages holds, for comparison bit by bit."""
     tensors: dict[str, Tensor] = {}
-    plan = encode({"t": messages.trees, "s": messages.scalars}, "", tensors)
-    return json.dumps(plan), write_tensors(tree.sort(tensors)), messages.clients, messages.blobs
+    content = [dict(messages.trees), dict(messages.scalars), messages.clients]
+    plan = json.dumps(codec.pack(content, "messages", tensors))
+    return plan, write_tensors({n: x.clone() for n, x in tensors.items()}), messages.blobs
 
 
 def outcome(strategy: Strategy[Any], played: Played, toy: Toy) -> dict[str, Tensor]:

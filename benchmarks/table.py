@@ -1,0 +1,146 @@
+"""From runs to the table: the best variant of each family, compared with the limit and the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from benchmarks.ways import Way
+
+HEAD = (
+    "way",
+    "s/round",
+    "min-max",
+    "CPU s/round",
+    "start-up s",
+    "peak MB",
+    "x centralised",
+    "% of centralised",
+    "x loop",
+    "largest difference",
+    "others' CPU",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process: what it measured about itself and what was measured about it.
+
+    seconds, cpu, others: per round, the untimed first one left out. gap: largest absolute
+    difference of the adapter from the loop's, None where they are not comparable.
+    """
+
+    workload: str
+    way: Way
+    repeat: int
+    seconds: list[float]
+    cpu: list[float]
+    others: list[float]
+    startup: float
+    peak_bytes: int
+    proportional: bool
+    gap: float | None
+    notes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant over all its runs; seconds are of the median round, memory of the largest run."""
+
+    way: Way
+    seconds: float
+    least: float
+    most: float
+    cpu: float
+    startup: float
+    peak_bytes: int
+    gap: float | None
+    others: float
+
+
+def rows(runs: Sequence[Run]) -> list[Row]:
+    """One row per variant, in order of appearance; the runs are of one workload."""
+    found: dict[Way, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.way, []).append(run)
+    return [row(way, own) for way, own in found.items()]
+
+
+def row(way: Way, runs: Sequence[Run]) -> Row:
+    """A variant's runs in one row; ``others`` is the share of the way's own CPU time."""
+    seconds = [s for run in runs for s in run.seconds]
+    cpu = [s for run in runs for s in run.cpu]
+    gaps = [run.gap for run in runs if run.gap is not None]
+    return Row(
+        way=way,
+        seconds=median(seconds),
+        least=min(seconds),
+        most=max(seconds),
+        cpu=sum(cpu) / len(cpu),
+        startup=median(run.startup for run in runs),
+        peak_bytes=max(run.peak_bytes for run in runs),
+        gap=max(gaps, default=None),
+        others=sum(s for run in runs for s in run.others) / sum(cpu),
+    )
+
+
+def best(found: Sequence[Row]) -> dict[str, Row]:
+    """The fastest variant of each family."""
+    fastest: dict[str, Row] = {}
+    for one in found:
+        family = one.way.family
+        if family not in fastest or one.seconds < fastest[family].seconds:
+            fastest[family] = one
+    return fastest
+
+
+def render(found: Sequence[Row]) -> str:
+    """The table in Markdown; the fastest variant of a family is starred."""
+    fastest = best(found)
+    limit, loop = fastest.get("centralised"), fastest.get("loop")
+    lines = [HEAD, tuple("---" for _ in HEAD)]
+    for one in found:
+        star = " *" if fastest[one.way.family] is one else ""
+        lines.append(
+            (
+                one.way.label + star,
+                f"{one.seconds:.3f}",
+                f"{one.least:.3f}-{one.most:.3f}",
+                f"{one.cpu:.3f}",
+                f"{one.startup:.1f}",
+                f"{one.peak_bytes / 1e6:.0f}",
+                f"{one.seconds / limit.seconds:.2f}" if limit else "",
+                f"{100 * limit.seconds / one.seconds:.0f}" if limit else "",
+                f"{one.seconds / loop.seconds:.3f}" if loop else "",
+                "" if one.gap is None else f"{one.gap:.1e}",
+                f"{100 * one.others:.0f} %",
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def bars(workload: str, found: Sequence[Row]) -> list[str]:
+    """The workload's bars, each with the figure and whether it holds; those that can be judged."""
+    fastest = best(found)
+    cohort = fastest.get("cohort")
+    checks: list[tuple[str, float, bool]] = []
+    if cohort is None:
+        return []
+    if workload == "A" and (limit := fastest.get("centralised")):
+        ratio = cohort.seconds / limit.seconds
+        checks.append(("time at most 1.10 x centralised", ratio, ratio <= 1.10))
+    if workload == "A" and (flower := fastest.get("flower")):
+        ratio = cohort.seconds / flower.seconds
+        checks.append(("time at most that of Flower's simulation", ratio, ratio <= 1))
+        ratio = cohort.peak_bytes / flower.peak_bytes
+        checks.append(("memory at most a third of Flower's simulation", ratio, ratio <= 1 / 3))
+    if workload == "B" and (loop := fastest.get("loop")):
+        ratio = loop.seconds / cohort.seconds
+        checks.append(("at least 4 x as fast as the sequential loop", ratio, ratio >= 4))
+    return [f"{'holds' if ok else 'FAILS'}: {text}: {ratio:.2f}" for text, ratio, ok in checks]

@@ -1,0 +1,61 @@
+"""The plan says what the run then does."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from fedpeft.config import Engine, Output, Rounds, Sampling
+from fedpeft.engine import RoundReport
+from fedpeft.events import Watcher
+from fedpeft.metrics import Score
+from fedpeft.plan import Plan, make_plan
+from fedpeft.prepare import prepare
+from fedpeft.run import run
+from tests.tiny import tiny_recipe, write_tiny
+
+
+class Books(Watcher):
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.reports: list[RoundReport] = []
+        self.tokens: list[int] = []
+        self.trained = 0
+
+    def planned(self, plan: Plan, folder: str) -> None:
+        self.plan = plan
+
+    def round_began(self, number: int, clients: int, tokens: int) -> None:
+        self.tokens.append(tokens)
+
+    def chunk_done(self, clients: int, tokens: int) -> None:
+        self.trained += tokens
+
+    def round_done(self, report: RoundReport, score: Score | None) -> None:
+        self.reports.append(report)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "ffa_lora", "local"])
+def test_planned_bytes_and_clients_are_what_the_run_counts(tmp_path: Path, strategy: str) -> None:
+    write_tiny(tmp_path)
+    made = dataclasses.replace(
+        tiny_recipe(tmp_path, name=strategy),
+        rounds=Rounds(count=2, sampling=Sampling("fixed", size=3)),
+        engine=Engine(device="cpu", threads=1),
+        output=Output(folder=str(tmp_path / "run")),
+        baselines=(),
+    )
+    planned = make_plan(prepare(made))
+    assert not (tmp_path / "run").exists()
+    books = Books()
+    run(made, books)
+    assert books.plan is not None and books.plan.down == planned.down
+    for report in books.reports:
+        assert len(report.sampled) == planned.sampled == 3
+        assert report.down == {kind: 3 * size for kind, size in planned.down.items()}
+        assert report.up == {kind: 3 * size for kind, size in planned.up.items()}
+    assert books.trained == sum(books.tokens)
+    assert planned.clients == 4 and planned.examples[0] >= 1
+    assert planned.trainable["head"] == 16 * 3 + 3
