@@ -65,8 +65,11 @@ def clients_outcome(prepared: Prepared, federation: Federation, state: Any) -> C
 
 
 def test_score(prepared: Prepared, federation: Federation, state: Any) -> Score:
-    """The global adapter on the test set; without one, the mean over the clients' adapters on a
-    sample of it (``evaluation.local_test`` examples), in process only."""
+    """The global adapter on the test set.
+
+    Without a global adapter: the mean over the clients' adapters on a sample of the test set
+    (``evaluation.local_test`` examples); in process only, else NaN.
+    """
     population, strategy = prepared.population, prepared.strategy
     if strategy.shares:
         return score(prepared.network, prepared.lane, strategy.adapter(state), population.test)

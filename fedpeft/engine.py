@@ -1,4 +1,4 @@
-"""The round loop: sample, send, train, check, receive. Knows no algorithm, no transport, no files."""
+"""The round loop: sample, send, train, check, receive. No algorithm, no transport, no files."""
 
 from __future__ import annotations
 
@@ -138,6 +138,6 @@ def _short(
     some = "; ".join(f"{client}: {why}" for client, why in list(reasons.items())[:3])
     return (
         f"round {number}: {replied} valid replies of {len(names)} clients, fewer than "
-        f"rounds.quorum={rounds.quorum} asks for ({some}). The adapter of the round before is kept; "
+        f"rounds.quorum={rounds.quorum} asks for ({some}). The last round's adapter is kept: "
         f"mend the clients or lower rounds.quorum, then resume."
     )

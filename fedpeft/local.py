@@ -1,4 +1,4 @@
-"""Local training of one cohort: K clients take optimizer steps in lockstep on one matrix ``[K, P]``.
+"""Local training of one cohort: K clients step in lockstep on one matrix ``[K, P]``.
 
 Row k of the matrix is client k's adapter. Every operation is row-wise (batched forward, optimizers,
 clipping, learning-rate schedule, loss scale), so no client sees another's data or state. Clients
@@ -26,7 +26,7 @@ from fedpeft.strategy import Adjust, Fit
 from fedpeft.tree import Layout, Tree
 
 FP16_SCALE = 2.0**14
-"""First loss scale of a client under fp16; halved for that client whenever its gradient overflows."""
+"""First loss scale of a client under fp16; halved for that client when its gradient overflows."""
 
 
 def steps_of(examples: int, local: Local) -> int:
@@ -34,9 +34,7 @@ def steps_of(examples: int, local: Local) -> int:
     return local.steps or local.epochs * math.ceil(examples / (local.batch_size * local.accumulate))
 
 
-def batch_plan(
-    train: np.ndarray, local: Local, seed: int, client: str, round: int
-) -> np.ndarray:
+def batch_plan(train: np.ndarray, local: Local, seed: int, client: str, round: int) -> np.ndarray:
     """Which examples a client uses at each step of a round: int64 ``[steps, B]``, -1 where absent.
 
     B = batch_size * accumulate. Each pass is a fresh permutation from the client's own stream
@@ -61,7 +59,7 @@ class Progress:
 
 
 def rate(local: Local, done: Tensor) -> Tensor:
-    """The factor on the learning rate after the share ``done`` of the run (any shape, in [0, 1])."""
+    """The factor on the learning rate after the share ``done`` of the run (any shape, 0 to 1)."""
     warm = (done / local.warmup).clamp(max=1.0) if local.warmup > 0 else torch.ones_like(done)
     left = ((done - local.warmup) / (1.0 - local.warmup)).clamp(0.0, 1.0)
     if local.schedule == "linear":
@@ -73,7 +71,7 @@ def rate(local: Local, done: Tensor) -> Tensor:
 
 def clip_rows(gradient: Tensor, bound: float) -> Tensor:
     """Each row of ``[K, P]`` scaled to a Euclidean norm of at most ``bound``."""
-    norms = gradient.norm(dim=1, keepdim=True)
+    norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
     return gradient * (bound / norms.clamp(min=bound))
 
 
@@ -196,7 +194,9 @@ class Trainer:
         """
         scaled = self.local.precision == "fp16"
         keep = {"": matrix, **(_row_state(optimizer, matrix) if scaled else {})}
-        before = {n: v.detach().clone() for n, v in keep.items()} if scaled or rates is not None else {}
+        before = (
+            {n: v.detach().clone() for n, v in keep.items()} if scaled or rates is not None else {}
+        )
         matrix.grad = gradient
         optimizer.step()
         if rates is not None:

@@ -116,4 +116,6 @@ class Tally:
         matrix = self._confusion[group * size : (group + 1) * size].view(self._classes, -1).double()
         true, said, right = matrix.sum(1), matrix.sum(0), matrix.diagonal()
         seen = (true + said) > 0
-        return float((2 * right[seen] / (true + said)[seen]).mean()) if bool(seen.any()) else math.nan
+        return (
+            float((2 * right[seen] / (true + said)[seen]).mean()) if bool(seen.any()) else math.nan
+        )

@@ -42,9 +42,10 @@ class MeanPoolClassifier(nn.Module):
 
     def __init__(self, encoder: nn.Module, classes: int) -> None:
         super().__init__()
-        self.config: Any = encoder.config
+        config: Any = encoder.config
+        self.config = config
         self.encoder = encoder
-        self.classifier = nn.Linear(self.config.hidden_size, classes)
+        self.classifier = nn.Linear(int(config.hidden_size), classes)
         nn.init.normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
 
@@ -195,7 +196,7 @@ def attach(base: nn.Module, settings: Mapping[str, Any], task: Task, seed: int) 
 
 
 def set_mode(model: nn.Module, training: bool, base_dropout: bool) -> None:
-    """Dropout of the adapters follows ``training``; the frozen base's only with ``base_dropout``."""
+    """Adapters' dropout follows ``training``; the frozen base's only with ``base_dropout``."""
     model.train(training and base_dropout)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -203,7 +204,7 @@ def set_mode(model: nn.Module, training: bool, base_dropout: bool) -> None:
 
 
 def base_digest(model: nn.Module) -> str:
-    """A short hash of the frozen base: names, shapes, and 64 evenly spaced values of each tensor."""
+    """A short hash of the frozen base: names, shapes, 64 evenly spaced values of each tensor."""
     digest = hashlib.sha256()
     for name, value in sorted(model.named_parameters()):
         if value.requires_grad or ".original_module." in name:
@@ -253,11 +254,7 @@ def build_network(
     if start is not None:
         _load_start(model, start, digest)
     initial = tree.sort(
-        {
-            name: p.detach().cpu().clone()
-            for name, p in model.named_parameters()
-            if p.requires_grad
-        }
+        {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
     )
     scaling = {
         name: float(module.scaling["default"])
@@ -265,9 +262,7 @@ def build_network(
         if isinstance(module, LoraLayer) and "default" in module.scaling
     }
     model.to(device)
-    return Network(
-        model, task, classes, initial, Layout.of(initial), scaling, digest, device
-    )
+    return Network(model, task, classes, initial, Layout.of(initial), scaling, digest, device)
 
 
 def _load_start(model: nn.Module, folder: str, digest: str) -> None:
@@ -287,7 +282,7 @@ def _load_start(model: nn.Module, folder: str, digest: str) -> None:
             )
     weights = peft.load_peft_weights(str(path), device="cpu")
     try:
-        found = peft.set_peft_model_state_dict(model, weights)
+        found: Any = peft.set_peft_model_state_dict(model, weights)
     except RuntimeError as error:
         raise FedpeftError(
             f"adapter.start={folder!r} does not fit this model and adapter: {error}"

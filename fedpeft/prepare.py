@@ -1,4 +1,4 @@
-"""From a recipe to everything a run trains with; the same in every process that works on the run."""
+"""From a recipe to everything a run trains with; the same in every process of the run."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Prepared:
     @property
     def chunk(self) -> int:
         """Clients that train at once."""
-        if self.recipe.engine.kind != "cohort" or isinstance(self.lane, LoopLane):
+        if isinstance(self.lane, LoopLane):
             return 1
         wanted = self.recipe.engine.chunk
         return wanted or choose(self.network, self.recipe.local, self.tokens_per_row)
@@ -76,8 +76,10 @@ class Prepared:
         )
 
     def resolved(self) -> Recipe:
-        """The recipe with what was left to the machine written out, so that a resume computes the
-        same sums in the same order."""
+        """The recipe with what was left to the machine written out.
+
+        So a resume computes the same sums in the same order.
+        """
         engine = dataclasses.replace(
             self.recipe.engine,
             chunk=self.chunk,
@@ -128,7 +130,7 @@ def prepare(recipe: Recipe) -> Prepared:
     else:
         sampling.check(recipe.rounds.sampling, len(population.clients))
     network = prepare_network(recipe, population, device)
-    looped = recipe.engine.kind != "cohort"
+    looped = recipe.engine.kind == "sequential"
     lane = LoopLane(network.model) if looped else choose_lane(network, population.examples)
     return Prepared(recipe, strategy, population, network, lane, tokenizer)
 
@@ -167,9 +169,5 @@ def as_baseline(prepared: Prepared, name: str) -> Prepared:
         failure_rate=0.0,
         sampling=dataclasses.replace(recipe.rounds.sampling, kind="uniform", fraction=1.0),
     )
-    changed = dataclasses.replace(
-        recipe, strategy={"name": name}, rounds=rounds, local=local
-    )
-    return dataclasses.replace(
-        prepared, recipe=changed, strategy=strategy, population=population
-    )
+    changed = dataclasses.replace(recipe, strategy={"name": name}, rounds=rounds, local=local)
+    return dataclasses.replace(prepared, recipe=changed, strategy=strategy, population=population)

@@ -55,8 +55,8 @@ def resume(path: str, watcher: Watcher) -> Summary:
     if checkpoint.extra["base"] != prepared.network.digest:
         raise FedpeftError(
             f"{path}: the run was made with another base model (digest {checkpoint.extra['base']}, "
-            f"now {prepared.network.digest}): restore model.name={prepared.recipe.model.name!r} as it "
-            f"was, or start a new run."
+            f"now {prepared.network.digest}): restore model.name={prepared.recipe.model.name!r} as "
+            f"it was, or start a new run."
         )
     folder.metrics.truncate_after(checkpoint.round)
     job = _Job(prepared, folder, watcher, checkpoint)
@@ -87,15 +87,19 @@ class _Job:
         self.watcher.planned(make_plan(self.prepared), str(self.folder.path))
         self.watcher.stage(str(recipe.strategy["name"]), recipe.rounds.count)
         own = self.prepared.federation(self.watcher.chunk_done)
-        if recipe.engine.kind != "flower":
-            outcome = self._federate(own)
-        else:
-            from fedpeft.flower.simulate import run_in_simulation
-
-            nodes = len(self.prepared.population.clients)
-            workers = recipe.engine.workers
-            outcome = run_in_simulation(recipe, nodes, workers, self._federate)
+        on_flower = recipe.engine.kind == "flower"
+        outcome = self._on_flower() if on_flower else self._federate(own)
         return self._finish(outcome, began)
+
+    def _on_flower(self) -> Outcome:
+        """The rounds on Flower's simulation; Flower and Ray are loaded only then."""
+        from fedpeft.flower.federation import Digests
+        from fedpeft.flower.simulate import run_in_simulation
+
+        recipe, network = self.prepared.recipe, self.prepared.network
+        nodes = len(self.prepared.population.clients)
+        own = Digests(network.digest, network.layout.digest)
+        return run_in_simulation(recipe, nodes, recipe.engine.workers, self._federate, own)
 
     def save(self) -> None:
         """Writes the last complete round's checkpoint, unless it is there."""
@@ -111,7 +115,8 @@ class _Job:
     def _federate(self, federation: Federation) -> Outcome:
         """All rounds still to come, and the strategy's row of the last table."""
         self.saved = self.at.round
-        federation.restore(self.at.memory)
+        kept = self.at.memory.items()
+        federation.restore({c: {n: dict(t) for n, t in own.items()} for c, own in kept})
         count = self.prepared.recipe.rounds.count
         try:
             for number in range(self.at.round + 1, count + 1):
@@ -203,7 +208,9 @@ class _Job:
             if name == outcome.name:
                 continue
             row = baseline(self.prepared, name, self.watcher)
-            self.folder.metrics.append("baseline", None, {"name": name, "score": row.score.as_dict()})
+            self.folder.metrics.append(
+                "baseline", None, {"name": name, "score": row.score.as_dict()}
+            )
             rows.append(row)
         order = ["untrained", "local", outcome.name, "centralised"]
         rows.sort(key=lambda row: order.index(row.name))

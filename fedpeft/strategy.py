@@ -1,4 +1,4 @@
-"""The nouns and verbs every algorithm is written in: Message, Cohort, Strategy; init, send, train, receive.
+"""The nouns and verbs of every algorithm: Message, Cohort, Strategy; init, send, train, receive.
 
 A strategy is one frozen dataclass in one file: its fields are its settings, its four verbs are the
 paper's pseudo-code, and all that it remembers between rounds is an explicit state that it takes and
@@ -68,7 +68,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Messages:
-    """The messages of K named clients, stacked: tree tensors ``[K, *shape]``, scalars ``[K]`` float64.
+    """The messages of K named clients, stacked: trees ``[K, *shape]``, scalars ``[K]`` float64.
 
     Rows are in the order of ``clients``.
     """
@@ -90,7 +90,10 @@ class Messages:
         return Messages(
             tuple(clients),
             {name: trees_.broadcast(t, k) for name, t in trees.items()},
-            {n: torch.full((k,), float(v), dtype=torch.float64) for n, v in (scalars or {}).items()},
+            {
+                n: torch.full((k,), float(v), dtype=torch.float64)
+                for n, v in (scalars or {}).items()
+            },
             {name: (blob,) * k for name, blob in (blobs or {}).items()},
         )
 
@@ -114,9 +117,14 @@ class Messages:
         )
 
     def reply(self, trees: Mapping[str, Tree], **scalars: Tensor) -> Messages:
-        """A reply of the same clients: stacked trees and scalars ``[K]`` (``weight`` is customary)."""
+        """A reply of the same clients: stacked trees, and scalars ``[K]`` such as ``weight``."""
         numbers = {name: v.detach().to("cpu", torch.float64) for name, v in scalars.items()}
         return Messages(self.clients, dict(trees), numbers)
+
+    def to(self, device: torch.device) -> Messages:
+        """The messages with their trees on ``device``; scalars stay on the CPU."""
+        moved = {n: {m: x.to(device) for m, x in t.items()} for n, t in self.trees.items()}
+        return Messages(self.clients, moved, self.scalars, self.blobs)
 
     def __len__(self) -> int:
         return len(self.clients)
@@ -224,7 +232,7 @@ class Cohort(ABC):
 
     @abstractmethod
     def recall(self, name: str, default: Tree) -> Tree:
-        """The clients' private memory ``name`` (stacked); ``default``'s rows where there is none."""
+        """The clients' private memory ``name``, stacked; ``default``'s rows where there is none."""
 
     @abstractmethod
     def remember(self, name: str, value: Tree) -> None:
@@ -257,14 +265,17 @@ class Strategy(ABC, Generic[S]):
 
     @abstractmethod
     def receive(self, state: S, replies: Replies) -> S:
-        """The state after the round, from its valid replies (at least one)."""
+        """The state after the round, from its valid replies (at least one).
+
+        Replies that are left unread are trained and counted all the same.
+        """
 
     @abstractmethod
     def adapter(self, state: S) -> Tree:
         """The global adapter that the state stands for: every trainable tensor of the model."""
 
     def expects(self, sent: Message) -> Mapping[str, Tree]:
-        """The trees that a reply to ``sent`` must hold (names, shapes, dtypes): by default the same."""
+        """The trees that a reply to ``sent`` must hold, by name, shape and dtype: the same."""
         return sent.trees
 
     def personal(self, messages: Messages, cohort: Cohort) -> Tree:

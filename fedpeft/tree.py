@@ -105,7 +105,7 @@ def select(tree: Tree, keep: Callable[[str], bool]) -> Tree:
 
 def finite_rows(stacked: Tree) -> Tensor:
     """Which clients of a stacked tree hold only finite numbers: bool ``[K]``."""
-    flags = [torch.isfinite(t).flatten(1).all(dim=1) for t in stacked.values()]
+    flags = [torch.isfinite(t).unsqueeze(-1).flatten(1).all(dim=1) for t in stacked.values()]
     return torch.stack(flags).all(dim=0)
 
 
@@ -138,19 +138,21 @@ class Layout:
 
     @property
     def digest(self) -> str:
-        """A short hash of names and shapes: two parties with equal digests mean the same tensors."""
+        """A short hash of names and shapes; parties with equal digests mean the same tensors."""
         text = repr(list(zip(self.names, self.shapes, strict=True)))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def pack(self, stacked: Tree) -> Tensor:
         """A stacked tree as one new matrix ``[K, size]``. Raises ValueError on other names."""
         if tuple(sorted(stacked)) != self.names:
-            check_same(dict.fromkeys(self.names, torch.empty(0)), dict.fromkeys(stacked, torch.empty(0)))
-        return torch.cat([stacked[name].flatten(1) for name in self.names], dim=1)
+            check_same(
+                dict.fromkeys(self.names, torch.empty(0)), dict.fromkeys(stacked, torch.empty(0))
+            )
+        return torch.cat([stacked[name].unsqueeze(-1).flatten(1) for name in self.names], dim=1)
 
     def unpack(self, matrix: Tensor) -> Tree:
         """Views ``[K, *shape]`` into a matrix ``[K, size]``; differentiable, one backward op."""
-        parts = matrix.split(self.sizes, dim=1)
+        parts = torch.split(matrix, self.sizes, dim=1)
         return {
             name: part.view(matrix.shape[0], *shape)
             for name, part, shape in zip(self.names, parts, self.shapes, strict=True)

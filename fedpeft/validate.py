@@ -16,7 +16,7 @@ from fedpeft.tree import Tree
 
 
 def check_names(stack: Messages, like: Mapping[str, Tree]) -> None:
-    """Raises ReplyError unless every tensor of ``like`` (unstacked) is there, alone, as it should be.
+    """Raises ReplyError unless exactly the tensors of ``like`` (unstacked) are there.
 
     The message names the first missing, unknown, misshapen or mistyped tensor.
     """

@@ -19,9 +19,9 @@ from fedpeft.config import Rounds, Sampling
 from fedpeft.engine import RoundReport, play_round
 from fedpeft.errors import QuorumError
 from fedpeft.federation import Failure
-from fedpeft.strategy import Cohort, Messages, Strategy, build
 from fedpeft.strategies.fedavg import FedAvg, State
 from fedpeft.strategies.local import Local
+from fedpeft.strategy import Cohort, Messages, Strategy, build
 from tests.tiny import IA3, LORA, Tiny
 
 
@@ -40,13 +40,22 @@ def relative(found: tree.Tree, wanted: tree.Tree) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "adapter"),
-    [("fedavg", LORA), ("fedavg", IA3), ("fedprox", LORA), ("fedprox", IA3), ("ffa_lora", LORA)],
+    ("name", "settings", "adapter"),
+    [
+        ("fedavg", {}, LORA),
+        ("fedavg", {}, IA3),
+        ("fedprox", {"mu": 0.1}, LORA),
+        ("fedprox", {"mu": 0.1}, IA3),
+        ("fedprox", {"mu": 0.1, "space": "product"}, LORA),
+        ("ffa_lora", {}, LORA),
+    ],
 )
-def test_cohort_equals_sequential(name: str, adapter: dict[str, Any]) -> None:
+def test_cohort_equals_sequential(
+    name: str, settings: dict[str, Any], adapter: dict[str, Any]
+) -> None:
     found = []
     for chunk, lane in ((1, LoopLane), (3, None), (8, None)):
-        tiny, strategy = Tiny(adapter=adapter), build(name, {})
+        tiny, strategy = Tiny(adapter=adapter), build(name, settings)
         federation = tiny.federation(strategy, chunk, *([lane] if lane else []))
         state, _ = play(tiny, strategy, federation, tiny.rounds)
         found.append(strategy.adapter(state))

@@ -37,7 +37,9 @@ LOCALS = {
 PROGRESS = Progress(round=2, rounds=4)
 
 
-def trainer(local: Local, adapter: dict[str, object], lane: type[FoldLane] | type[LoopLane]) -> Trainer:
+def trainer(
+    local: Local, adapter: dict[str, object], lane: type[FoldLane] | type[LoopLane]
+) -> Trainer:
     net = tiny_network(adapter)
     examples = tiny_population(SIZES).examples
     return Trainer(lane(net.model), "classification", examples, local, net.device)

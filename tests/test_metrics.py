@@ -35,7 +35,8 @@ def test_language_model_loss_is_per_predicted_token_and_skips_virtual_tokens() -
     text = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
     sums, counts = client_sums("causal_lm", text, batch)
     plain = text.numpy()
-    wanted = [softmax_loss(plain[0, 0], 2) + softmax_loss(plain[0, 1], 3), softmax_loss(plain[1, 0], 5)]
+    first = softmax_loss(plain[0, 0], 2) + softmax_loss(plain[0, 1], 3)
+    wanted = [first, softmax_loss(plain[1, 0], 5)]
     assert counts.tolist() == [2, 1] and sums.tolist() == pytest.approx(wanted)
     prompted = torch.cat([torch.randn(2, 4, 7), text], dim=1)
     assert client_sums("causal_lm", prompted, batch)[0].tolist() == pytest.approx(wanted)
@@ -69,7 +70,7 @@ def test_tally_over_batches_equals_plain_arithmetic() -> None:
 def test_language_model_tally() -> None:
     examples = flatten([[1, 2, 3]], None, 0)
     logits = torch.full((1, 3, 5), -50.0)
-    logits[0, 0, 2] = logits[0, 1, 4] = 50.0  # right, then wrong; the last position predicts nothing
+    logits[0, 0, 2] = logits[0, 1, 4] = 50.0  # right, then wrong; the last says nothing
     tally = Tally("causal_lm", 0)
     batch = examples.batch(torch.tensor([[0]]))
     assert (batch.labels != IGNORED).all()

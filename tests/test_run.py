@@ -80,11 +80,11 @@ def interrupt() -> None:
 
 
 def test_a_run_leaves_its_folder_and_its_table(files: Path, tmp_path: Path) -> None:
-    class See(Watcher):
-        rounds: list[tuple[RoundReport, Score | None]] = []
+    measured: dict[int, Score | None] = {}
 
+    class See(Watcher):
         def round_done(self, report: RoundReport, score: Score | None) -> None:
-            self.rounds.append((report, score))
+            measured[report.round] = score
 
     out = tmp_path / "run"
     whole = dataclasses.replace(
@@ -96,6 +96,7 @@ def test_a_run_leaves_its_folder_and_its_table(files: Path, tmp_path: Path) -> N
     assert [row.name for row in summary.rows] == ["untrained", "local", "fedavg", "centralised"]
     own = summary.rows[2]
     logged = lines(out, "round")
+    assert measured[3] is not None and measured[2] is None
     assert own.down["adapter"] == sum(r["bytes_down"]["adapter"] for r in logged) > 0
     assert own.up["adapter"] == sum(r["bytes_up"]["adapter"] for r in logged) > 0
     assert not summary.rows[0].up and not summary.rows[1].up

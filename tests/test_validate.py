@@ -74,7 +74,15 @@ def broken(part: str) -> tuple[Messages, str]:
 
 @pytest.mark.parametrize(
     "part",
-    ["missing tensor", "unknown tensor", "shape", "dtype", "unknown tree", "missing tree", "weight"],
+    [
+        "missing tensor",
+        "unknown tensor",
+        "shape",
+        "dtype",
+        "unknown tree",
+        "missing tree",
+        "weight",
+    ],
 )
 def test_a_stack_of_another_schema_is_refused_by_name(part: str) -> None:
     stack, said = broken(part)

@@ -374,15 +374,16 @@ def count_embeddings(corpus: Corpus, width: int) -> Tensor:
 @torch.no_grad()
 def warm_start(bert: BertModel, vectors: Tensor) -> None:
     """Start the encoder as a bag of words: count-based tokens, averaged into [CLS]."""
-    embeddings = bert.embeddings
-    embeddings.word_embeddings.weight[len(SPECIALS) :] = 0.7 * vectors[len(SPECIALS) :]
-    embeddings.position_embeddings.weight.mul_(0.25)
-    embeddings.token_type_embeddings.weight.mul_(0.25)
+    weights = dict(bert.named_parameters())
+    weights["embeddings.word_embeddings.weight"][len(SPECIALS) :] = 0.7 * vectors[len(SPECIALS) :]
+    weights["embeddings.position_embeddings.weight"].mul_(0.25)
+    weights["embeddings.token_type_embeddings.weight"].mul_(0.25)
     identity = torch.eye(vectors.shape[1])
-    for layer in bert.encoder.layer:
-        layer.attention.self.value.weight.mul_(0.5).add_(identity)
-        layer.attention.output.dense.weight.mul_(0.5).add_(identity)
-    bert.pooler.dense.weight.mul_(0.5).add_(0.7 * identity)
+    for layer in range(bert.config.num_hidden_layers):
+        attention = f"encoder.layer.{layer}.attention"
+        weights[f"{attention}.self.value.weight"].mul_(0.5).add_(identity)
+        weights[f"{attention}.output.dense.weight"].mul_(0.5).add_(identity)
+    weights["pooler.dense.weight"].mul_(0.5).add_(0.7 * identity)
 
 
 # --- encoder --------------------------------------------------------------------------

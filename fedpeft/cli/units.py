@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-NOTHING = "–"  # noqa: RUF001  (an en dash, on purpose)
+NOTHING = "\N{EN DASH}"
 
 
 def size(count: float) -> str:

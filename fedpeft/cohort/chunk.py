@@ -22,8 +22,11 @@ SHARE = 0.5
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one client in a chunk (activations kept for backward, adapter and optimizer state)
-    and bytes free on the device. An upper estimate: a frozen base keeps less."""
+    """Bytes of one client in a chunk, and bytes free on the device.
+
+    per_client: activations kept for backward, adapter and optimizer state. An upper estimate: a
+    frozen base keeps less.
+    """
 
     per_client: int
     free: int
@@ -41,7 +44,9 @@ def estimate(network: Network, local: Local, tokens_per_row: int) -> MemoryEstim
     heads = int(getattr(config, "num_attention_heads", 8))
     block = 68 * int(getattr(config, "hidden_size", 768)) + 10 * heads * tokens_per_row
     activations = tokens * int(getattr(config, "num_hidden_layers", 12)) * block
-    logits = 12 * tokens * int(getattr(config, "vocab_size", 0)) if network.task == "causal_lm" else 0
+    logits = (
+        12 * tokens * int(getattr(config, "vocab_size", 0)) if network.task == "causal_lm" else 0
+    )
     state = 4 * 6 * network.layout.size
     return MemoryEstimate(activations + logits + state, free_memory(network.device))
 

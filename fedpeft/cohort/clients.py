@@ -52,7 +52,9 @@ class TorchCohort(Cohort):
     def fit(self, start: Tree, *, fixed: Tree | None = None, adjust: Adjust | None = None) -> Fit:
         self._place(start, fixed)
         plans = [
-            batch_plan(c.train, self._trainer.local, self._info.seed, c.name, self._info.progress.round)
+            batch_plan(
+                c.train, self._trainer.local, self._info.seed, c.name, self._info.progress.round
+            )
             for c in self._data
         ]
         return self._trainer.fit(start, plans, self._info.progress, adjust)

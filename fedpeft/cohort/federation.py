@@ -115,8 +115,10 @@ class CohortFederation:
         self._memory = {client: dict(kept) for client, kept in memory.items()}
 
     def _isolated(self, round: int, chunk: Messages, work: Work) -> Iterator[Any]:
-        """Runs ``work`` on a chunk; if it fails, on each client alone, so that one faulty client
-        costs only itself."""
+        """Runs ``work`` on a chunk; if it fails, on each client alone.
+
+        So one faulty client costs only itself.
+        """
         try:
             yield self._on_cohort(round, chunk, work)
             return
@@ -143,7 +145,7 @@ class CohortFederation:
             torch.manual_seed(
                 streams.derive(self._settings.seed, "dropout", round, chunk.clients[0])
             )
-            found = work(chunk.rows(order), cohort)
+            found = work(chunk.rows(order).to(self._network.device), cohort)
         self._memory.update({name: kept for name, kept in memory.items() if kept})
         if not isinstance(found, Messages) or found.clients != cohort.clients:
             return found

@@ -144,10 +144,11 @@ def _owners(model: nn.Module) -> dict[str, nn.Module]:
     owners: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{owner}.") for owner in owners)
-        if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper) and not inside:
-            if any(p.requires_grad for p in module.parameters()):
-                assert isinstance(module, nn.Module)
-                owners[name] = module
+        if inside or not isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+            continue
+        assert isinstance(module, nn.Module)
+        if any(p.requires_grad for p in module.parameters()):
+            owners[name] = module
     for name, p in model.named_parameters():
         if p.requires_grad and not any(name.startswith(f"{owner}.") for owner in owners):
             raise ValueError(f"trainable tensor {name} lies outside every adapter layer")
@@ -181,8 +182,10 @@ def _is_plain_lora(module: nn.Module) -> bool:
 
 def _lora_forward(module: LoraLinear, own: Tree, clients: int) -> Forward:
     """y = W x + s B_k (A_k x) with the base product on the whole batch; one factor may be shared."""
-    down: Tensor = own.get("lora_A.default.weight", module.lora_A["default"].weight)  # [K, r, i]
-    up: Tensor = own.get("lora_B.default.weight", module.lora_B["default"].weight)  # [K, o, r]
+    shared_down, shared_up = module.lora_A["default"].weight, module.lora_B["default"].weight
+    assert isinstance(shared_down, Tensor) and isinstance(shared_up, Tensor)
+    down = own.get("lora_A.default.weight", shared_down)  # [K, r, i], or [r, i] where shared
+    up = own.get("lora_B.default.weight", shared_up)  # [K, o, r], or [o, r]
     scale = float(module.scaling["default"])
     dropout = module.lora_dropout["default"]
 

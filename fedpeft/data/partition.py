@@ -87,8 +87,7 @@ def _natural(rows: Dataset, partition: Partition, sizes: np.ndarray) -> Divided:
             "data, or keep only the largest clients with partition.clients=N."
         )
     member = np.flatnonzero((sizes > 0) & np.isin(owner, chosen))
-    keys = np.searchsorted(chosen, owner[member])  # partition i is then the i-th chosen name
-    parts = _load(NaturalIdPartitioner("key"), member, keys, len(chosen))
+    parts = _load(NaturalIdPartitioner("key"), member, owner[member], len(chosen))
     return [(names[i], part) for i, part in zip(chosen, parts, strict=True)]
 
 

@@ -90,7 +90,7 @@ def _prepared(recipe: str) -> Prepared:
     """
     found = parse_recipe(recipe, "the recipe in the request")
     device = found.engine.device.split(":")[0]
-    return prepare(replace(found, engine=Engine(kind="flower", chunk=1, device=device)))
+    return prepare(replace(found, engine=Engine(kind="sequential", chunk=1, device=device)))
 
 
 def client_of(node_config: Mapping[str, object], clients: tuple[str, ...]) -> str:

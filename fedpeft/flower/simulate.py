@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from queue import Empty, Queue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import ray
@@ -38,6 +38,9 @@ T = TypeVar("T")
 
 GRACE = 3.0
 """Seconds that clients who still train at the end of a run (an error, Ctrl-C) may go on."""
+
+REAP = 30.0
+"""Seconds that Ray's own processes may take to end; they need one or two."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +136,13 @@ class _Simulation:
         finally:
             if self._thread.is_alive():
                 with redirect_stdout(io.StringIO()):  # Ray reports each death there
-                    _kill_actors()
+                    for actor in _processes("ray::ClientAppActor"):
+                        actor.kill()
                     self._thread.join()
+            ending = _processes("ray")
             ray.shutdown()
+            for process in psutil.wait_procs(ending, timeout=REAP)[1]:
+                process.kill()
 
     def _simulate(self) -> None:
         server = ServerApp()
@@ -172,11 +179,14 @@ def _start_ray(shares: Shares) -> None:
         )
 
 
-def _kill_actors() -> None:
+def _processes(what: str) -> list[psutil.Process]:
+    """Processes below this one whose command line holds ``what``."""
+    found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if process.name().startswith("ray::ClientAppActor"):
-                process.kill()
+            if what in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 @contextmanager
@@ -196,16 +206,21 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _quiet(simulation: _Simulation) -> Iterator[None]:
-    """No telemetry of Flower's; of its log only warnings and errors that matter."""
+    """No telemetry of Flower's from now on; of its log only warnings and errors that matter."""
 
     def worth_showing(record: logging.LogRecord) -> bool:
         deprecated = "`run_simulation` function is deprecated" in record.getMessage()
         return record.levelno >= logging.WARNING and not deprecated and not simulation.over
 
     logger = logging.getLogger("flwr")
-    telemetry.FLWR_TELEMETRY_ENABLED = "0"
+    telemetry.create_event = _no_event
     logger.addFilter(worth_showing)
     try:
         yield
     finally:
         logger.removeFilter(worth_showing)
+
+
+def _no_event(event_type: telemetry.EventType, event_details: dict[str, Any] | None) -> str:
+    """In place of Flower's, which looks at the machine, writes a file and opens a connection."""
+    return "disabled"

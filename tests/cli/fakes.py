@@ -49,19 +49,13 @@ def report(number: int, excluded: Mapping[str, str] | None = None) -> RoundRepor
 
 
 def summary(folder: str = "", task: Task = "classification", adapter: str = "") -> Summary:
+    down, up = {"adapter": 3 * 2**20}, {"head": 1536}
+    none = score(math.nan, math.nan, task)
     rows = (
         Outcome("untrained", score(0.1, 9.21, task), 0.2, 0.05),
         Outcome("local", score(0.4, 3.0, task), 0.5, 0.25, seconds=12.34),
-        Outcome(
-            "fedavg",
-            score(0.8765, 2.0, task),
-            0.75,
-            0.5,
-            {"adapter": 3 * 2**20},
-            {"head": 1536},
-            5.0,
-        ),
-        Outcome("centralised", score(math.nan, math.nan, task), math.nan, math.nan, seconds=1234.5),
+        Outcome("fedavg", score(0.8765, 2.0, task), 0.75, 0.5, down, up, 5.0),
+        Outcome("centralised", none, math.nan, math.nan, seconds=1234.5),
     )
     return Summary(task, rows, 2, 3, 1, folder, adapter, 61.0)
 

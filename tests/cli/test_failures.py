@@ -13,6 +13,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+import fedpeft.run  # before any test replaces what it imports
 from fedpeft.cli.app import app
 from fedpeft.config import Recipe
 from fedpeft.errors import FedpeftError, QuorumError
@@ -28,8 +29,8 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
 
     def call(play: Play, *arguments: str) -> Result:
         monkeypatch.setattr("fedpeft.config_load.load_recipe", lambda *_: Recipe())
-        monkeypatch.setattr("fedpeft.run.run", lambda _, watcher: play(watcher))
-        monkeypatch.setattr("fedpeft.run.resume", lambda _, watcher: play(watcher))
+        monkeypatch.setattr(fedpeft.run, "run", lambda _, watcher: play(watcher))
+        monkeypatch.setattr(fedpeft.run, "resume", lambda _, watcher: play(watcher))
         return CliRunner().invoke(app, list(arguments))
 
     return call

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import fedpeft.model
 import peft
 import pytest
 import torch
@@ -19,6 +18,7 @@ import transformers
 from click.testing import Result
 from typer.testing import CliRunner
 
+import fedpeft.model
 from fedpeft.cli import loading, watchers
 from fedpeft.cli.app import app
 from fedpeft.config import Engine, Model, Recipe, Rounds
@@ -159,7 +159,7 @@ def test_resume_ends_a_run_that_was_interrupted(
     assert (done.exit_code, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert "note: resumed after round 1" in lines
-    assert [line.split()[1] for line in lines if line.startswith("fedavg  ")][0] == "2/2"
+    assert next(line.split()[1] for line in lines if line.startswith("fedavg  ")) == "2/2"
 
 
 @pytest.mark.slow  # imports everything once more

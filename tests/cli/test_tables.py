@@ -12,6 +12,8 @@ from fedpeft.data.clients import Task
 from fedpeft.events import Outcome
 from tests.cli import fakes
 
+NONE = "\N{EN DASH}"
+
 
 def shown(what: RenderableType, width: int = 80) -> list[str]:
     out = io.StringIO()
@@ -32,10 +34,10 @@ def test_classification() -> None:
     assert cells(lines[0]) == ["test", "test", "clients", "worst", "bytes", "bytes", "time"]
     assert cells(lines[1]) == ["accuracy", "macro-F1", "mean", "decile", "down", "up", "(s)"]
     assert [cells(line) for line in lines[3:]] == [
-        ["untrained", "10.0_%", "5.0_%", "20.0_%", "5.0_%", "–", "–", "–"],
-        ["local-only", "40.0_%", "20.0_%", "50.0_%", "25.0_%", "–", "–", "12.3"],
+        ["untrained", "10.0_%", "5.0_%", "20.0_%", "5.0_%", NONE, NONE, NONE],
+        ["local-only", "40.0_%", "20.0_%", "50.0_%", "25.0_%", NONE, NONE, "12.3"],
         ["fedavg", "87.6_%", "43.8_%", "75.0_%", "50.0_%", "3.0_MiB", "1.5_KiB", "5.0"],
-        ["centralised", "–", "–", "–", "–", "–", "–", "1,234.5"],
+        ["centralised", NONE, NONE, NONE, NONE, NONE, NONE, "1,234.5"],
     ]
 
 
@@ -46,7 +48,7 @@ def test_language_modelling() -> None:
         ["untrained", "9.210", "9,997", "0.200", "0.050"],
         ["local-only", "3.000", "20.09", "0.500", "0.250"],
         ["fedavg", "2.000", "7.39", "0.750", "0.500"],
-        ["centralised", "–", "–", "–", "–"],
+        ["centralised", NONE, NONE, NONE, NONE],
     ]
 
 
@@ -69,9 +71,7 @@ def test_the_widest_figures_fit_80_columns(task: Task) -> None:
 
 
 def test_a_long_name_costs_no_figure() -> None:
-    long = dataclasses.replace(
-        fakes.summary().rows[2], name="my_package.strategies.fedavg_and_more"
-    )
+    long = dataclasses.replace(fakes.summary().rows[2], name="my_package.strategies.fedavg_more")
     lines = shown(tables.result(dataclasses.replace(fakes.summary(), rows=(long,))))
     assert max(map(len, lines)) <= 80
     assert "87.6 %" in "".join(lines)
@@ -97,7 +97,7 @@ def test_plan() -> None:
     assert values(found, "steps in a round") == ["2", "8", "27"]
     assert values(found, "trainable") == ["12,000", "1.20 %"]
     assert values(found, "adapter") == ["10.0 KiB", "10.0 KiB"]  # the last of that name: bytes
-    assert values(found, "scalar") == ["–", "26 B"]
+    assert values(found, "scalar") == [NONE, "26 B"]
     assert values(found, "per client and round") == ["11.0 KiB", "11.0 KiB"]
     assert values(found, "per round") == ["55.0 KiB", "55.1 KiB"]
     assert values(found, "whole run") == ["110.0 KiB", "110.3 KiB"]

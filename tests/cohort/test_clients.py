@@ -80,7 +80,9 @@ def test_start_and_fixed_must_make_up_the_adapter(fault: str) -> None:
         fixed = {first: values[first][0]}
     else:
         values[first] = values[first][:2]
-    said = {"missing": "missing", "unknown": "canary", "twice": "twice", "shape": "has shape"}[fault]
+    said = {"missing": "missing", "unknown": "canary", "twice": "twice", "shape": "has shape"}[
+        fault
+    ]
     with pytest.raises(ValueError, match=said):
         cohort().fit(values, fixed=fixed)
 

@@ -1,4 +1,4 @@
-"""Every lane gives the loop's logits and gradients, on padded batches, for encoders and decoders."""
+"""Every lane gives the loop's logits and gradients: padded batches, encoders and decoders."""
 
 from __future__ import annotations
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import threading
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +27,20 @@ from tests.tiny import IA3, LORA, tiny_recipe, write_tiny
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The tiny model and data; the actors' cache of them too."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     write_tiny(tmp_path)
-    return tmp_path
+    yield tmp_path
+    # Ray lets go of its ended processes without asking them for their exit status.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"subprocess \d+ is still running", ResourceWarning)
+        gc.collect()
 
 
 def left_behind() -> list[str]:
     """Child processes, and threads that would keep this process alive."""
-    children = [child.name() for child in psutil.Process().children(recursive=True)]
+    children = [" ".join(c.cmdline()) for c in psutil.Process().children(recursive=True)]
     alive = [t.name for t in threading.enumerate() if not t.daemon]
     return children + [name for name in alive if name != threading.main_thread().name]
 
