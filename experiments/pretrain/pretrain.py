@@ -584,7 +584,7 @@ def one_step(task: Task, optimizer: torch.optim.AdamW, step: int) -> tuple[int, 
     """One update; returns the number of tokens and the parts of the loss."""
     value, tokens, parts = task.loss(step)
     optimizer.zero_grad(set_to_none=True)
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
     optimizer.step()
     return tokens, parts

@@ -130,7 +130,7 @@ def fit(model: nn.Module, plan: Plan, data: Data, chosen: Indices, lr: float, se
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
         optimizer.zero_grad()
-        loss_and_count(model, plan.kind, batch)[0].backward()  # type: ignore[no-untyped-call]
+        loss_and_count(model, plan.kind, batch)[0].backward()
         optimizer.step()
     return time.monotonic() - start
 

@@ -181,7 +181,7 @@ def _is_plain_lora(module: nn.Module) -> bool:
 
 
 def _lora_forward(module: LoraLinear, own: Tree, clients: int) -> Forward:
-    """y = W x + s B_k (A_k x) with the base product on the whole batch; one factor may be shared."""
+    """y = W x + s B_k (A_k x), the base product on the whole batch; one factor may be shared."""
     shared_down, shared_up = module.lora_A["default"].weight, module.lora_B["default"].weight
     assert isinstance(shared_down, Tensor) and isinstance(shared_up, Tensor)
     down = own.get("lora_A.default.weight", shared_down)  # [K, r, i], or [r, i] where shared

@@ -169,5 +169,3 @@ def remember(state: RecordDict, memory: Mapping[str, Tree]) -> None:
     """Writes the client's private memory into Flower's context."""
     for name, tree in memory.items():
         state[f"{_MEMORY}{name}"] = encode_tree(tree)
-
-

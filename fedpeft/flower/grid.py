@@ -54,9 +54,9 @@ class CohortGrid(Grid):
     with ``fedprox``; any other setting raises FedpeftError, for no client would heed it.
 
     A train message holds one ArrayRecord of every trainable tensor, under any key (other floating
-    types, such as the float64 of Flower's FedAdam, are cast to float32); the reply holds the trained
-    ones under the same key, and ``metrics`` with ``num-examples`` and the strategy's scalars
-    (``loss``). The reply to an evaluate message holds ``metrics`` with ``num-examples``,
+    types, such as the float64 of Flower's FedAdam, are cast to float32); the reply holds the
+    trained ones under the same key, and ``metrics`` with ``num-examples`` and the strategy's
+    scalars (``loss``). The reply to an evaluate message holds ``metrics`` with ``num-examples``,
     ``loss`` and ``accuracy`` on the client's own hold-out. A client that fails, or trains to NaN,
     gives an error reply. A learning-rate schedule runs over the rounds of the federation's recipe.
     """
@@ -153,8 +153,8 @@ class CohortGrid(Grid):
                     f"CohortGrid(federation, config={{{name!r}: {value!r}}})."
                 )
         [(key, record)] = arrays.items()
-        adapter = decode_tree(record, key)
-        return key, {n: t.float() if t.is_floating_point() else t for n, t in adapter.items()}, config
+        adapter = decode_tree(record, key).items()
+        return key, {n: t.float() if t.is_floating_point() else t for n, t in adapter}, config
 
     def _answers(
         self, kind: str, requests: list[_Request]

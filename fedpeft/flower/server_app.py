@@ -40,9 +40,7 @@ def main(grid: Grid, context: Context) -> None:
     )
     state = strategy.init(prepared.problem)
     for number in range(1, recipe.rounds.count + 1):
-        state, report = play_round(
-            strategy, state, federation, recipe.rounds, recipe.seed, number
-        )
+        state, report = play_round(strategy, state, federation, recipe.rounds, recipe.seed, number)
         log.info("%s", report)
     adapter = strategy.adapter(state)
     log.info("%s", score(network, prepared.lane, adapter, prepared.population.test))

@@ -136,10 +136,10 @@ class _Simulation:
         finally:
             if self._thread.is_alive():
                 with redirect_stdout(io.StringIO()):  # Ray reports each death there
-                    for actor in _processes("ray::ClientAppActor"):
-                        actor.kill()
+                    for process in _processes("ray::ClientAppActor"):
+                        process.kill()
                     self._thread.join()
-            ending = _processes("ray")
+            ending = _processes("ray::", os.path.dirname(ray.__file__) + os.sep)
             ray.shutdown()
             for process in psutil.wait_procs(ending, timeout=REAP)[1]:
                 process.kill()
@@ -165,7 +165,7 @@ def _start_ray(shares: Shares) -> None:
     """A local Ray of exactly the actors' resources; its workers import what this process can."""
     settings = {
         "OMP_NUM_THREADS": str(shares.cpus),
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; without it, it warns
     }
@@ -179,12 +179,13 @@ def _start_ray(shares: Shares) -> None:
         )
 
 
-def _processes(what: str) -> list[psutil.Process]:
-    """Processes below this one whose command line holds ``what``."""
+def _processes(*marks: str) -> list[psutil.Process]:
+    """Processes below this one whose command line holds one of ``marks``."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if what in " ".join(process.cmdline()):
+            command = " ".join(process.cmdline())
+            if any(mark in command for mark in marks):
                 found.append(process)
     return found
 
@@ -192,16 +193,14 @@ def _processes(what: str) -> list[psutil.Process]:
 @contextmanager
 def _environment(settings: Mapping[str, str]) -> Iterator[None]:
     """Environment variables for the processes that are started inside."""
-    before = {name: os.environ.get(name) for name in settings}
+    before = dict(os.environ)
     os.environ.update(settings)
     try:
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    finally:  # what Ray sets besides (its own debugger) goes too
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update({n: v for n, v in before.items() if os.environ.get(n) != v})
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def _cuda() -> dict[str, object] | None:
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "version": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "cudnn": torch.backends.cudnn.version(),
         "devices": [{"name": d.name, "memory_bytes": d.total_memory} for d in devices],
     }
 

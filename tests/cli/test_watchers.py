@@ -89,23 +89,6 @@ def test_a_terminal_has_bars_that_vanish() -> None:
     assert "━" not in end and "ETA" not in end
 
 
-def test_bars_of_a_resumed_run() -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    bars = Bars(console)
-    bars.stage("fedavg", 4)
-    bars.round_began(3, 8)
-    bars.chunk_done(2, 1000)
-    with console.capture() as shown:
-        console.print(bars._progress)
-    rounds, clients = (line.split() for line in ESCAPES.sub("", shown.get()).splitlines())
-    assert [rounds[1], *rounds[-4:]] == ["fedavg", "round", "3/4", "ETA", "--:--"]
-    assert [clients[1], clients[-5]] == ["clients", "2/8"]
-    assert clients[-3:-1] == ["tokens/s", "ETA"]
-    task = bars._progress.tasks[0]
-    assert (task.completed, task.total) == (2.25, 4)
-    assert task.speed is None  # rounds 1 and 2 took no time here
-
-
 def test_both_say_the_same() -> None:
     def figures(text: str) -> list[str]:
         return re.findall(r"\d+\.\d %", ESCAPES.sub("", text))

@@ -42,8 +42,9 @@ def message() -> Message:
     odd = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])
     shaped = {"z": torch.randn(3, 4), "a": torch.randn(4, 3).T, "0": torch.tensor(1.5)}
     typed = {str(t): torch.randint(0, 2, (5,)).to(t) for t in EVERY_TYPE}
+    first = {"odd": odd, "none": torch.zeros(0, 7)}
     return Message(
-        {"second": shaped, "first": {"odd": odd, "none": torch.zeros(0, 7)}, "types": typed, "": {}},
+        {"second": shaped, "first": first, "types": typed, "": {}},
         {"weight": 0.1, "loss": float("nan")},
         {"payload": b"\x00\xff", "empty": b""},
     )
@@ -166,19 +167,22 @@ def test_an_array_that_lies_about_its_shape_is_refused() -> None:
 
 def test_other_byte_orders_and_memory_orders_are_read() -> None:
     wanted = np.arange(6, dtype=np.float32).reshape(2, 3)
-    record = ArrayRecord({"f": _array(np.asfortranarray(wanted)), "b": _array(wanted.astype(">f4"))})
-    record["b"].dtype = "float32"
+    big = _array(wanted.astype(">f4"), dtype="float32")
+    record = ArrayRecord({"f": _array(np.asfortranarray(wanted)), "b": big})
     content = encode(Message({"t": {}}), HEADER)
     content["tree.t"] = record
     found = decode(content)[0].trees["t"]
     assert found["f"].tolist() == found["b"].tolist() == wanted.tolist()
 
 
-def _without(key: str) -> Callable[[RecordDict], None]:
+Change = Callable[[RecordDict], object]
+
+
+def _without(key: str) -> Change:
     return lambda content: content.pop(key)
 
 
-def _with(key: str, record: ArrayRecord | MetricRecord | ConfigRecord) -> Callable[[RecordDict], None]:
+def _with(key: str, record: ArrayRecord | MetricRecord | ConfigRecord) -> Change:
     def change(content: RecordDict) -> None:
         content.pop(key, None)
         content[key] = record
@@ -186,7 +190,7 @@ def _with(key: str, record: ArrayRecord | MetricRecord | ConfigRecord) -> Callab
     return change
 
 
-def _header(**fields: object) -> Callable[[RecordDict], None]:
+def _header(**fields: object) -> Change:
     def change(content: RecordDict) -> None:
         old = dict(content.config_records["header"]) | fields
         content["header"] = ConfigRecord({k: v for k, v in old.items() if v is not None})
@@ -194,7 +198,7 @@ def _header(**fields: object) -> Callable[[RecordDict], None]:
     return change
 
 
-BAD_RECORDS: dict[str, tuple[Callable[[RecordDict], None], str]] = {
+BAD_RECORDS: dict[str, tuple[Change, str]] = {
     "no scalars": (_without("scalars"), "record 'scalars' is missing"),
     "no header": (_without("header"), "record 'header' is missing"),
     "unknown": (_with("extra", MetricRecord({"x": 1.0})), "record 'extra' of type MetricRecord"),

@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import os
 import threading
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,9 @@ from fedpeft.prepare import prepare
 from fedpeft.tree import Tree
 from tests.tiny import IA3, LORA, tiny_recipe, write_tiny
 
+# Ray neither closes its handles on /dev/null nor asks its ended processes for their exit status.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
@@ -32,15 +34,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     write_tiny(tmp_path)
     yield tmp_path
-    # Ray lets go of its ended processes without asking them for their exit status.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"subprocess \d+ is still running", ResourceWarning)
-        gc.collect()
+    gc.collect()  # while the warnings that it gives rise to are off
 
 
 def left_behind() -> list[str]:
-    """Child processes, and threads that would keep this process alive."""
-    children = [" ".join(c.cmdline()) for c in psutil.Process().children(recursive=True)]
+    """Processes that still run, and threads that would keep this one alive."""
+    children = [
+        " ".join(child.cmdline())
+        for child in psutil.Process().children(recursive=True)
+        if child.status() != psutil.STATUS_ZOMBIE
+    ]
     alive = [t.name for t in threading.enumerate() if not t.daemon]
     return children + [name for name in alive if name != threading.main_thread().name]
 
@@ -98,6 +101,7 @@ def test_ctrl_c_in_training_ends_everything(
         monkeypatch.setattr(FlowerFederation, "_pause", interrupt)
         list(federation.run(1, prepared.strategy.send(state, 1, names)))
 
+    capfd.readouterr()
     with pytest.raises(KeyboardInterrupt):
         run_in_simulation(recipe, 4, 2, body)
     assert left_behind() == []
