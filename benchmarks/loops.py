@@ -66,6 +66,7 @@ def centralised(workload: Workload, recorder: Recorder, batch: int) -> None:
         recorder.begin()
         pool = torch.cat([texts.order(c, round).flatten() for c in clients_of(workload, round)])
         shuffled = pool[torch.randperm(len(pool))]
-        order = shuffled[: len(pool) // batch * batch].view(-1, batch)
+        size = min(batch, len(pool))
+        order = shuffled[: len(pool) // size * size].view(-1, size)
         train_steps(model, optimizer, texts.tokens[order], texts.labels[order])
         recorder.end()

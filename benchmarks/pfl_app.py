@@ -11,7 +11,7 @@ import torch
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.algorithm.base import NNAlgorithmParams
 from pfl.algorithm.federated_averaging import FederatedAveraging
-from pfl.callback import TrainingProcessCallback
+from pfl.callback.base import TrainingProcessCallback
 from pfl.data import FederatedDataset, get_user_sampler
 from pfl.data.dataset import Dataset
 from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shutil
 import time
@@ -14,7 +15,7 @@ from fedpeft import sampling
 from fedpeft.baselines import baseline, clients_outcome, test_score
 from fedpeft.comms.ledger import Ledger
 from fedpeft.config import Recipe
-from fedpeft.config_load import dump_recipe, load_recipe
+from fedpeft.config_load import dump_recipe, parse_recipe
 from fedpeft.engine import RoundReport, play_round
 from fedpeft.errors import FedpeftError, QuorumError
 from fedpeft.evaluate import score
@@ -48,7 +49,9 @@ def run(recipe: Recipe, watcher: Watcher) -> Summary:
 def resume(path: str, watcher: Watcher) -> Summary:
     """Goes on with a run from its newest whole checkpoint, as if it had never stopped."""
     folder = RunFolder.open(Path(path))
-    prepared = prepare(load_recipe(str(folder.path / "recipe.yaml"), [f"output.folder={path}"]))
+    recipe = parse_recipe(folder.recipe(), str(folder.path))
+    output = dataclasses.replace(recipe.output, folder=str(folder.path))
+    prepared = prepare(dataclasses.replace(recipe, output=output))
     folder.check_data(prepared.population.fingerprint)
     kind = type(prepared.strategy.init(prepared.problem))
     checkpoint, warnings = latest(folder.checkpoints, kind)

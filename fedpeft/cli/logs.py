@@ -45,10 +45,11 @@ def shown(console: Console, quiet: bool = False, verbose: bool = False) -> Itera
 
     Of fedpeft: with ``verbose`` everything from INFO, with ``quiet`` errors, else warnings; those
     with a traceback are details (the user hears of an excluded client otherwise) and verbose too.
-    Of the other libraries: with ``verbose`` warnings, else errors, and no progress bars.
+    Of the other libraries: with ``verbose`` Python's warnings and what they log as one, else
+    errors. Their progress bars never; a variable that the user has set stands.
     """
     before = dict(os.environ)
-    for name, value in ({} if verbose else _QUIET).items():
+    for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     handler, root, own = _Lines(console), logging.getLogger(), logging.getLogger("fedpeft")
     if not verbose:

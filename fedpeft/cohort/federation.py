@@ -71,15 +71,18 @@ class CohortFederation:
         )
 
     def clients(self) -> Mapping[str, int]:
+        """Client -> number of training examples, sorted by name."""
         return {name: len(self._data[name].train) for name in sorted(self._data)}
 
     def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure]:
+        """Trains the clients chunk by chunk; a stack of replies, or a failure, as each is done."""
         for chunk in messages.split(self._chunk):
             yield from self._isolated(round, chunk, self._train)
             if self._on_chunk is not None:
                 self._on_chunk(len(chunk), sum(self.tokens(name) for name in chunk.clients))
 
     def evaluate(self, round: int, messages: Messages) -> Iterator[dict[str, Score] | Failure]:
+        """Scores on the clients' own hold-outs, chunk by chunk."""
         for chunk in messages.split(self._chunk):
             yield from self._isolated(round, chunk, self._score)
 
@@ -109,9 +112,11 @@ class CohortFederation:
         return found
 
     def memory(self) -> Memory:
+        """Private memory of all clients, as of now."""
         return dict(self._memory)
 
     def restore(self, memory: Mapping[str, Mapping[str, Tree]]) -> None:
+        """Puts back what ``memory`` gave."""
         self._memory = {client: dict(kept) for client, kept in memory.items()}
 
     def _isolated(self, round: int, chunk: Messages, work: Work) -> Iterator[Any]:

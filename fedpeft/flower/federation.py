@@ -87,6 +87,7 @@ class FlowerFederation:
         return dict(sorted(self._sizes.items()))
 
     def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure]:
+        """Sends each client's node its message; replies of equal schema come in stacks."""
         outcomes = self._ask(MessageType.TRAIN, round, messages)
         for schema, group in itertools.groupby(outcomes, key=lambda pair: _schema(pair[1])):
             if schema is None:
@@ -98,6 +99,7 @@ class FlowerFederation:
                 yield Messages.stack(names, replies)
 
     def evaluate(self, round: int, messages: Messages) -> Iterator[dict[str, Score] | Failure]:
+        """The nodes' own scores on their hold-outs, client by client."""
         for client, outcome in self._ask(MessageType.EVALUATE, round, messages):
             if isinstance(outcome, Failure):
                 yield outcome
