@@ -47,7 +47,7 @@ WORKLOADS = {
     for w in (
         Workload("A", 256, 1024, examples=64, tokens=32, batch=8),
         Workload("B", 64, 256, examples=8, tokens=8, batch=1, overhead=True),
-        Workload("tiny", 16, 32, examples=6, tokens=5, batch=2, layers=1, cohort=3, population=6),
+        Workload("tiny", 16, 32, examples=6, tokens=5, batch=2, layers=1, cohort=4, population=8),
     )
 }
 """A: bound by arithmetic. B: bound by overhead. tiny: for tests of the benchmark itself."""

@@ -116,14 +116,22 @@ def _traffic(found: Plan) -> Table:
     return table
 
 
+def at_once(found: Plan) -> int:
+    """Clients that share a batch: the chunk, unless a round has fewer."""
+    if found.engine != "cohort":
+        return 1
+    return min(found.chunk, max(1, math.ceil(found.sampled)))
+
+
 def _machine(found: Plan) -> Group:
-    need = found.chunk * found.memory.per_client
-    memory = f"at most {units.size(need)} needed, {units.size(found.memory.free)} free"
-    tight = need > found.memory.free
+    many = at_once(found)
+    need, free = many * found.memory.per_client, found.memory.free
+    each = " by each worker" if found.engine == "flower" else ""
+    memory = f"at most {units.size(need)} needed{each}, {units.size(free)} free"
     return Group(
         _pair("engine", f"{found.engine} on {found.device}, lane {found.lane}"),
-        _pair("clients at once", f"{found.chunk:,}"),
-        _pair("memory", memory, "yellow" if tight else ""),
+        *([_pair("clients at once", f"{many:,}")] if found.engine == "cohort" else []),
+        _pair("memory", memory, "yellow" if need > free else ""),
     )
 
 

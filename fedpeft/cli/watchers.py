@@ -49,7 +49,8 @@ class Lines(Watcher):
         self.folder = folder
         self._labels = plan.labels
         trained = sum(plan.trainable.values())
-        many = f", {plan.chunk} clients at once" if plan.chunk > 1 else ""
+        at_once = tables.at_once(plan)
+        many = f", {at_once} clients at once" if at_once > 1 else ""
         rounds = f"{plan.rounds} rounds over {plan.clients} clients"
         self._say(f"{plan.strategy}: {rounds}", "bold")
         self._say(f"training {trained:,} parameters on a frozen base of {plan.frozen:,}")

@@ -19,7 +19,7 @@ from fedpeft.flower.federation import Digests, FlowerFederation, Patience
 from fedpeft.model import save_adapter
 from fedpeft.prepare import prepare
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("flwr.fedpeft")  # what Flower shows
 
 app = ServerApp()
 
@@ -41,7 +41,9 @@ def main(grid: Grid, context: Context) -> None:
     state = strategy.init(prepared.problem)
     for number in range(1, recipe.rounds.count + 1):
         state, report = play_round(strategy, state, federation, recipe.rounds, recipe.seed, number)
-        log.info("%s", report)
+        log.info("round %d: %d replies, loss %.4f", number, report.replied, report.loss)
+        for client, reason in report.excluded.items():
+            log.warning("round %d: %s excluded: %s", number, client, reason)
     adapter = strategy.adapter(state)
-    log.info("%s", score(network, prepared.lane, adapter, prepared.population.test))
+    log.info("test: %s", score(network, prepared.lane, adapter, prepared.population.test))
     save_adapter(network, adapter, Path(recipe.output.folder) / "adapter", recipe.model.name)

@@ -125,6 +125,22 @@ def test_plan_says_how_many_are_sampled(sampled: float, text: str) -> None:
     assert values(fakes.plan(sampled=sampled), "clients") == [text]
 
 
+@pytest.mark.parametrize(
+    ("engine", "sampled", "many"),
+    [("cohort", 5.0, 3), ("cohort", 1.5, 2), ("cohort", 0.1, 1), ("sequential", 5.0, 1)],
+)
+def test_clients_at_once(engine: str, sampled: float, many: int) -> None:
+    found = dataclasses.replace(fakes.plan(sampled=sampled), engine=engine)
+    assert tables.at_once(found) == many
+    assert values(found, "memory") == [f"at most {many}.0 MiB needed, 1.0 GiB free"]
+
+
+def test_plan_on_flower() -> None:
+    found = dataclasses.replace(fakes.plan(), engine="flower")
+    assert values(found, "memory") == ["at most 1.0 MiB needed by each worker, 1.0 GiB free"]
+    assert "clients at once" not in rows(found)
+
+
 def test_plan_warns_of_too_little_memory() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, color_system="standard", width=80)
