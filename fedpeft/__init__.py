@@ -1,29 +1,9 @@
 """Federated parameter-efficient fine-tuning.
 
-Clients train adapters on a frozen pretrained model; a strategy aggregates them. A strategy needs no
-more than these names; runs start with ``fedpeft.run`` or the command line.
+Clients train adapters on a frozen pretrained model; a strategy aggregates them. What a strategy
+needs is in ``fedpeft.strategy``; ``fedpeft.run`` runs a recipe. Importing this package loads
+nothing else, so that the command line answers at once.
 """
 
-from fedpeft.strategy import (
-    Cohort,
-    Fit,
-    Message,
-    Messages,
-    Problem,
-    Replies,
-    Strategy,
-    weighted_mean,
-)
-from fedpeft.tree import Tree
-
-__all__ = [
-    "Cohort",
-    "Fit",
-    "Message",
-    "Messages",
-    "Problem",
-    "Replies",
-    "Strategy",
-    "Tree",
-    "weighted_mean",
-]
+__version__ = "0.1.0"
+__all__ = ["__version__"]

@@ -52,7 +52,7 @@ def test_strategies_cannot_be_imported_twice(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_version_is_the_same_everywhere(project: dict[str, Any]) -> None:
     version = project["version"]
-    assert metadata.version("fedpeft") == version
+    assert metadata.version("fedpeft") == fedpeft.__version__ == version
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     latest = re.search(r"^## \[(\d[^\]]*)\]", changelog, flags=re.MULTILINE)
     assert latest and latest[1] == version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from importlib import metadata
 from typing import TYPE_CHECKING, Annotated
@@ -46,6 +47,9 @@ VerboseFlag = Annotated[
 
 def main() -> None:
     """The ``fedpeft`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a dash must not end a run in an ASCII locale
+            stream.reconfigure(errors="replace")
     app(prog_name="fedpeft")
 
 

@@ -27,25 +27,23 @@ from fedpeft.errors import FedpeftError, QuorumError
 DEFECT, FAULT, QUORUM, INTERRUPTED = 1, 2, 3, 130
 
 
-def _no_run() -> str | None:
-    return None
-
-
 @contextmanager
-def reported(verbose: bool = False, folder: Callable[[], str | None] = _no_run) -> Iterator[None]:
+def reported(
+    verbose: bool = False, folder: Callable[[], str | None] | None = None
+) -> Iterator[None]:
     """Turns what escapes the block into a message on stderr and an exit code.
 
-    verbose: tracebacks for every failure. folder: the run folder that can be resumed by now.
+    verbose: tracebacks for every failure. folder: for a run, the folder that can be resumed by now.
     """
     try:
         yield
     except (typer.Exit, click.ClickException, BrokenPipeError):
         raise
     except KeyboardInterrupt:
-        _say("interrupted." + _way_on(folder()), verbose)
+        _say(f"interrupted.{_way_on(folder)}", verbose)
         raise typer.Exit(INTERRUPTED) from None
     except QuorumError as error:
-        _say(f"error: {error}{_way_on(folder())}", verbose)
+        _say(f"error: {error}{_way_on(folder)}", verbose)
         raise typer.Exit(QUORUM) from None
     except FedpeftError as error:
         _say(f"error: {error}", verbose)
@@ -66,7 +64,10 @@ def _say(text: str, trace: bool) -> None:
     console.print(Text(text, "red"), soft_wrap=not console.is_terminal)
 
 
-def _way_on(folder: str | None) -> str:
+def _way_on(folder: Callable[[], str | None] | None) -> str:
     if folder is None:
+        return ""
+    path = folder()
+    if path is None:
         return " Nothing was trained yet."
-    return f" The run can go on: fedpeft resume {shlex.quote(folder)}"
+    return f" The run can go on: fedpeft resume {shlex.quote(path)}"

@@ -152,8 +152,8 @@ class CohortFederation:
             )
             found = work(chunk.rows(order).to(self._network.device), cohort)
         self._memory.update({name: kept for name, kept in memory.items() if kept})
-        if not isinstance(found, Messages) or found.clients != cohort.clients:
-            return found
+        if not isinstance(found, Messages):
+            return {name: found[name] for name in chunk.clients}
         back = sorted(range(len(order)), key=lambda i: order[i])
         return found.rows(back)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -33,6 +34,18 @@ def test_importing_the_command_line_is_cheap() -> None:
     loaded = set(done.stdout.split())
     assert "typer" in loaded
     assert loaded & HEAVY == set()
+
+
+def test_a_terminal_that_knows_only_ascii() -> None:
+    code = "from fedpeft.cli import descriptions, main; descriptions.PARTITIONS['iid'] = chr(8211)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; main()", "list", "partitions"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split()[:2] == ["iid", "?"]
 
 
 def test_version() -> None:

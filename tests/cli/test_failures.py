@@ -95,6 +95,15 @@ def test_ctrl_c_before_there_is_a_run(command: Callable[..., Result]) -> None:
     assert done.stderr == "interrupted. Nothing was trained yet.\n"
 
 
+def test_ctrl_c_of_a_command_that_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedpeft.config_load.load_recipe", stop)
+    done = CliRunner().invoke(app, ["check", "any"])
+    assert (done.exit_code, done.stderr) == (130, "interrupted.\n")
+
+
 def test_a_defect_shows_its_traceback(command: Callable[..., Result]) -> None:
     done = command(raising(KeyError("lora_A")), "run", "any")
     assert done.exit_code == 1

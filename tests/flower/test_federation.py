@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import datasets
 import pytest
 import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft import strategy as strategies
@@ -32,9 +29,9 @@ from fedpeft.metrics import Score
 from fedpeft.prepare import Prepared, prepare
 from fedpeft.strategy import Messages
 from fedpeft.tree import Tree
+from tests.flower.nodes import InProcess, Reply
 from tests.tiny import IA3, LORA, tiny_recipe, write_tiny
 
-Reply = Callable[[Message, Message], Message | None]
 SIZES = {"c0": 5, "c1": 9, "c2": 4, "c3": 12}  # of what write_tiny writes, a fifth is held out
 
 
@@ -52,55 +49,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         write_tiny(folder)
         yield folder
-
-
-class InProcess(Grid):
-    """Nodes that call the ClientApp when they are pulled, the last pushed first.
-
-    ``reply`` may change or withhold (None) a node's reply to a train message.
-    """
-
-    def __init__(self, nodes: Mapping[int, Mapping[str, Any]], reply: Reply | None = None) -> None:
-        self.contexts = {n: Context(1, n, dict(c), RecordDict(), {}) for n, c in nodes.items()}
-        self.reply = reply
-        self.pushed: dict[str, Message] = {}
-        self.seen: list[Message] = []
-
-    def set_run(self, run: Run) -> None:
-        raise AssertionError("not called")
-
-    @property
-    def run(self) -> Run:
-        raise AssertionError("not called")
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise AssertionError("deprecated")
-
-    def send_and_receive(self, *args: Any, **kwargs: Any) -> Iterable[Message]:
-        raise AssertionError("it cannot be interrupted")
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.contexts)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = str(uuid4())
-            self.pushed[message.metadata.message_id] = message
-            self.seen.append(message)
-            yield message.metadata.message_id
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        for number in reversed([i for i in message_ids if i in self.pushed]):
-            message = self.pushed.pop(number)
-            kind = message.metadata.message_type
-            before = copy.deepcopy(message.content)
-            found: Message | None = app(message, self.contexts[message.metadata.dst_node_id])
-            assert message.content == before, "the client changed the request"
-            if self.reply is not None and kind == "train":
-                assert found is not None
-                found = self.reply(message, found)
-            if found is not None:
-                yield found
 
 
 def partitions(count: int = 4) -> dict[int, dict[str, Any]]:
