@@ -6,10 +6,10 @@ Every run is a fresh process; the ways take turns, so that drift of the machine 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -87,7 +87,7 @@ def run_once(way: Way, workload: str, rounds: int, repeat: int) -> Outcome:
             repeat=repeat,
             seconds=found.pop("seconds")[1:],
             cpu=found.pop("cpu_seconds")[1:],
-            others=found.pop("others_cpu_seconds")[1:],
+            others=found.pop("others")[1:],
             startup=float((folder / "first_step").read_text()) - began,
             peak_bytes=sampler.peak,
             proportional=sampler.proportional,
@@ -103,7 +103,8 @@ def end(processes: set[psutil.Process]) -> None:
     """Waits for what is left of a run's tree (Ray's helpers leave late), then ends it."""
     _, alive = psutil.wait_procs(processes, timeout=15)
     for process in alive:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(alive, timeout=15)
 
 
@@ -124,30 +125,35 @@ def gap(left: Adapter, right: Adapter) -> float | None:
 def measure(
     workload: str, families: Sequence[str], options: argparse.Namespace
 ) -> tuple[list[Run], dict[str, Any]]:
-    """All runs of a workload. After the first repeat only the best variant of a family goes on."""
+    """All runs of a workload, and where they ran.
+
+    After the first repeat only the best variant of a family goes on.
+    """
     tried = [
         way
         for family in families
         for way in variants(family, WORKLOADS[workload], options.threads, options.chunk)
     ]
-    found: list[Run] = []
-    reference: Adapter = {}
-    environment: dict[str, Any] = {}
+    found: list[Outcome] = []
     for repeat in range(options.repeats):
-        fastest = {one.way for one in best(rows(found)).values()}
+        fastest = {one.way for one in best(rows([o.run for o in found])).values()}
         for way in [w for w in tried if repeat == 0 or w in fastest]:
             print(f"{workload} {repeat + 1}/{options.repeats} {way.label} ...", flush=True)
             try:
-                outcome = run_once(way, workload, options.rounds + 1, repeat)
+                found.append(run_once(way, workload, options.rounds + 1, repeat))
             except RuntimeError as error:
                 print(error, file=sys.stderr, flush=True)
                 continue
-            if way.family == "loop" or not reference:
-                reference = outcome.adapter
-            environment = environment or outcome.environment
-            found.append(replace(outcome.run, gap=gap(outcome.adapter, reference)))
-            print("   ", *(f"{s:.3f}" for s in found[-1].seconds), flush=True)
-    return found, environment
+            print("   ", *(f"{s:.3f}" for s in found[-1].run.seconds), flush=True)
+    return compared(found), found[0].environment if found else {}
+
+
+def compared(found: Sequence[Outcome]) -> list[Run]:
+    """The runs with the gap of each adapter from the loop's (the first one's, if it did not run)."""
+    federated = [o for o in found if o.adapter]
+    loops = [o for o in federated if o.run.way.family == "loop"]
+    reference = [*loops, *federated][0].adapter if federated else {}
+    return [replace(o.run, gap=gap(o.adapter, reference)) for o in found]
 
 
 def main(given: Sequence[str]) -> None:
@@ -164,26 +170,21 @@ def main(given: Sequence[str]) -> None:
         print(f"\n{workload}\n{render(table)}", *bars(workload, table), sep="\n", flush=True)
         print(*(f"{family}: not installed" for family in absent), "", sep="\n", flush=True)
         if options.out:
-            write(options.out, given, absent, environment, runs)
+            content = {
+                "schema": 1,
+                "date": datetime.date.today().isoformat(),
+                "command": command(options),
+                "environment": environment,
+                "not_installed": absent,
+                "runs": [asdict(run) for run in runs],
+            }
+            options.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def write(
-    path: Path,
-    given: Sequence[str],
-    absent: Sequence[str],
-    environment: dict[str, Any],
-    runs: Sequence[Run],
-) -> None:
-    """Everything that was measured, as JSON."""
-    content = {
-        "schema": 1,
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "-m", "benchmarks.cohort", *given]),
-        "environment": environment,
-        "not_installed": list(absent),
-        "runs": [asdict(run) for run in runs],
-    }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def command(options: argparse.Namespace) -> str:
+    """The command that measures the same again, without paths of this machine."""
+    words = [f"--{name} {value}" for name, value in vars(options).items() if name != "out"]
+    return " ".join(["python -m benchmarks.cohort", *words])
 
 
 if __name__ == "__main__":

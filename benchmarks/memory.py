@@ -42,9 +42,9 @@ class Sampler:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.is_set():
+        self._sample()
+        while not self._stop.wait(self._interval):
             self._sample()
-            self._stop.wait(self._interval)
 
     def _sample(self) -> None:
         try:

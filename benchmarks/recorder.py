@@ -46,7 +46,8 @@ class Recorder:
     """Writes its findings into ``folder``.
 
     rounds: how many there will be, the untimed first one counted. root: the process at the top of
-    the way's tree.
+    the way's tree. seconds, cpu: per round, wall time and CPU seconds of the tree. others: per
+    round, the share of the machine that everything else took.
     """
 
     folder: Path
@@ -67,11 +68,12 @@ class Recorder:
 
     def end(self) -> bool:
         """The round is over. True if its global adapter is the one to compare: ``keep`` it."""
-        self.seconds.append(time.perf_counter() - self._began)
+        passed = time.perf_counter() - self._began
         own = time.process_time() + cpu_beside_me(self.root) - self._own
-        everything = machine_cpu() - self._machine
+        rest = max(0.0, machine_cpu() - self._machine - own)
+        self.seconds.append(passed)
         self.cpu.append(own)
-        self.others.append(max(0.0, everything - own))
+        self.others.append(rest / (passed * (os.cpu_count() or 1)))
         return len(self.seconds) == min(COMPARED_AFTER, self.rounds)
 
     def keep(self, adapter: Mapping[str, Tensor]) -> None:
@@ -84,7 +86,7 @@ class Recorder:
         found = {
             "seconds": self.seconds,
             "cpu_seconds": self.cpu,
-            "others_cpu_seconds": self.others,
+            "others": self.others,
             **notes,
         }
         (self.folder / "run.json").write_text(json.dumps(found))

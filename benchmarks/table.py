@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import dataclass, replace
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.ways import Way
@@ -20,7 +20,7 @@ HEAD = (
     "% of centralised",
     "x loop",
     "largest difference",
-    "others' CPU",
+    "others on the machine",
 )
 
 
@@ -28,8 +28,9 @@ HEAD = (
 class Run:
     """One process: what it measured about itself and what was measured about it.
 
-    seconds, cpu, others: per round, the untimed first one left out. gap: largest absolute
-    difference of the adapter from the loop's, None where they are not comparable.
+    seconds, cpu, others: per round (see Recorder), the untimed first one left out. gap: largest
+    absolute difference of the adapter from the loop's, None where they are not comparable. notes:
+    what the way says of itself, e.g. the chunk that fedpeft chose.
     """
 
     workload: str
@@ -47,9 +48,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A variant over all its runs; seconds are of the median round, memory of the largest run."""
+    """A variant over all its runs: the median, shortest and longest round, mean CPU seconds per
+    round, median start-up, largest memory, largest gap, mean share that others took."""
 
     way: Way
+    label: str
     seconds: float
     least: float
     most: float
@@ -69,20 +72,20 @@ def rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def row(way: Way, runs: Sequence[Run]) -> Row:
-    """A variant's runs in one row; ``others`` is the share of the way's own CPU time."""
+    """A variant's runs in one row."""
     seconds = [s for run in runs for s in run.seconds]
-    cpu = [s for run in runs for s in run.cpu]
-    gaps = [run.gap for run in runs if run.gap is not None]
+    chunk = runs[0].notes.get("chunk", way.chunk)
     return Row(
         way=way,
+        label=replace(way, chunk=0 if way.family == "sequential" else chunk).label,
         seconds=median(seconds),
         least=min(seconds),
         most=max(seconds),
-        cpu=sum(cpu) / len(cpu),
+        cpu=mean(s for run in runs for s in run.cpu),
         startup=median(run.startup for run in runs),
         peak_bytes=max(run.peak_bytes for run in runs),
-        gap=max(gaps, default=None),
-        others=sum(s for run in runs for s in run.others) / sum(cpu),
+        gap=max((run.gap for run in runs if run.gap is not None), default=None),
+        others=mean(s for run in runs for s in run.others),
     )
 
 
@@ -105,7 +108,7 @@ def render(found: Sequence[Row]) -> str:
         star = " *" if fastest[one.way.family] is one else ""
         lines.append(
             (
-                one.way.label + star,
+                one.label + star,
                 f"{one.seconds:.3f}",
                 f"{one.least:.3f}-{one.most:.3f}",
                 f"{one.cpu:.3f}",

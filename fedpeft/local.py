@@ -7,6 +7,7 @@ with fewer steps leave the batch when they are done; rows must come with most st
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +28,9 @@ from fedpeft.tree import Layout, Tree
 
 FP16_SCALE = 2.0**14
 """First loss scale of a client under fp16; halved for that client when its gradient overflows."""
+
+PASS_COST = {"cpu": 256, "cuda": 4096}
+"""What a forward and backward pass costs beyond its tokens, in tokens: dispatch and launches."""
 
 
 def steps_of(examples: int, local: Local) -> int:
@@ -69,6 +73,22 @@ def rate(local: Local, done: Tensor) -> Tensor:
     return warm
 
 
+def cuts(costs: Sequence[int], most: int, overhead: int) -> list[int]:
+    """Where to cut columns of non-decreasing cost into passes of at most ``most`` columns.
+
+    A pass costs its number of columns times its last column's cost, plus ``overhead``; the cuts
+    (first 0, last ``len(costs)``) minimise the sum, by dynamic programming.
+    """
+    best: list[tuple[int, int]] = [(0, 0)]  # cost of the first j columns, start of the last pass
+    for j in range(1, len(costs) + 1):
+        starts = range(max(0, j - most), j)
+        best.append(min((best[i][0] + (j - i) * costs[j - 1] + overhead, i) for i in starts))
+    found = [len(costs)]
+    while found[-1] > 0:
+        found.append(best[found[-1]][1])
+    return found[::-1]
+
+
 def clip_rows(gradient: Tensor, bound: float) -> Tensor:
     """Each row of ``[K, P]`` scaled to a Euclidean norm of at most ``bound``."""
     norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
@@ -103,13 +123,11 @@ class Trainer:
         matrix: ``[K, P]`` that requires grad. index: int64 ``[a, B]`` examples, -1 where absent.
         scale: ``[K]`` loss scale under fp16 (else 1); the gradient returned is free of it.
         """
-        active, size = len(index), self.local.batch_size
-        width = max(1, int((index >= 0).sum(1).max()))
+        active = len(index)
         items = self._items(index).to(self.device)
         losses = torch.zeros(active, device=self.device)
         gradient = torch.zeros_like(matrix)
-        for start in range(0, width, size):
-            part = index[:, start : min(start + size, width)]
+        for part in self._passes(index):
             batch = self.examples.batch(torch.from_numpy(part)).to(self.device)
             params = layout.unpack(matrix if active == len(matrix) else matrix[:active])
             with autocast(self.local, self.device):
@@ -118,6 +136,20 @@ class Trainer:
             gradient += torch.autograd.grad((loss * scale[:active]).sum(), matrix)[0]
             losses += loss.detach()
         return gradient / scale[:, None], losses
+
+    def _passes(self, index: np.ndarray) -> list[np.ndarray]:
+        """A step's rows as forward passes of at most ``batch_size`` rows a client, short rows first.
+
+        The order of rows within a step does not matter, so that long rows need not pad short ones.
+        """
+        lengths = self.examples.lengths.numpy()[index.clip(min=0)] * (index >= 0)
+        order = np.argsort(lengths, axis=1, kind="stable")
+        width = max(1, int((index >= 0).sum(1).max()))
+        ordered = np.take_along_axis(index, order, axis=1)[:, -width:]
+        longest = np.take_along_axis(lengths, order, axis=1)[:, -width:].max(axis=0)
+        costs = len(index) * longest
+        at = cuts(costs.tolist(), self.local.batch_size, PASS_COST[self.device.type])
+        return [ordered[:, i:j] for i, j in itertools.pairwise(at)]
 
     def _items(self, index: np.ndarray) -> Tensor:
         """Loss items per client of a step: examples, or predicted tokens; at least 1."""

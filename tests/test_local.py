@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from fedpeft import tree
 from fedpeft.cohort.lanes import FoldLane, LoopLane
 from fedpeft.config import Local
-from fedpeft.local import Progress, Trainer, batch_plan, clip_rows, rate, steps_of
+from fedpeft.local import Progress, Trainer, batch_plan, clip_rows, cuts, rate, steps_of
 from fedpeft.strategy import Fit
 from fedpeft.tree import Tree
 from tests.tiny import IA3, LORA, tiny_network, tiny_population
@@ -232,3 +233,35 @@ def test_schedules_begin_and_end_where_they_should() -> None:
     linear = Local(schedule="linear")
     assert torch.allclose(rate(linear, done), 1 - done)
     assert torch.equal(rate(Local(), done), torch.ones(5))
+
+
+def test_cuts_are_the_cheapest() -> None:
+    def cost(at: list[int], costs: list[int], overhead: int) -> int:
+        return sum((j - i) * costs[j - 1] + overhead for i, j in itertools.pairwise(at))
+
+    stream = np.random.default_rng(0)
+    for _ in range(50):
+        costs = sorted(stream.integers(1, 60, 7).tolist())
+        most, overhead = int(stream.integers(1, 8)), int(stream.integers(0, 80))
+        inner = range(1, len(costs))
+        every = [
+            [0, *some, len(costs)]
+            for n in range(len(costs))
+            for some in itertools.combinations(inner, n)
+        ]
+        allowed = [at for at in every if all(j - i <= most for i, j in itertools.pairwise(at))]
+        found = cuts(costs, most, overhead)
+        assert found in allowed
+        assert cost(found, costs, overhead) == min(cost(at, costs, overhead) for at in allowed)
+    assert cuts([32] * 8, 8, 1) == [0, 8]  # equal lengths: one pass
+
+
+def test_short_rows_are_not_padded_to_the_longest() -> None:
+    at = trainer(Local(batch_size=4), LORA, FoldLane)
+    lengths = at.examples.lengths.numpy()
+    index = np.array([[0, 1, 2, 3], [5, 6, 7, -1]])
+    passes = at._passes(index)
+    rows = np.concatenate(passes, axis=1)
+    assert [sorted(r[r >= 0].tolist()) for r in rows] == [[0, 1, 2, 3], [5, 6, 7]]
+    in_order = [lengths[r[r >= 0]].tolist() for r in rows]
+    assert all(own == sorted(own) for own in in_order)
