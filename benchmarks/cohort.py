@@ -149,7 +149,7 @@ def measure(
 
 
 def compared(found: Sequence[Outcome]) -> list[Run]:
-    """The runs with the gap of each adapter from the loop's (the first one's, if it did not run)."""
+    """The runs with the gap of each adapter from the loop's (the first's, if it did not run)."""
     federated = [o for o in found if o.adapter]
     loops = [o for o in federated if o.run.way.family == "loop"]
     reference = [*loops, *federated][0].adapter if federated else {}

@@ -138,7 +138,7 @@ class Trainer:
         return gradient / scale[:, None], losses
 
     def _passes(self, index: np.ndarray) -> list[np.ndarray]:
-        """A step's rows as forward passes of at most ``batch_size`` rows a client, short rows first.
+        """A step's rows as passes of at most ``batch_size`` rows a client, short rows first.
 
         The order of rows within a step does not matter, so that long rows need not pad short ones.
         """

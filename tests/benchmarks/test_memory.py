@@ -12,7 +12,8 @@ SIZE = 60_000_000
 
 
 def test_the_peak_counts_the_whole_tree() -> None:
-    spawn = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {HOLD.format(size=SIZE)!r}])"
+    held = HOLD.format(size=SIZE)
+    spawn = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {held!r}])"
     child = subprocess.Popen(
         [sys.executable, "-c", spawn], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
