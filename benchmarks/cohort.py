@@ -81,6 +81,7 @@ def run_once(way: Way, workload: str, rounds: int, repeat: int) -> Outcome:
         if code != 0 or not (folder / "run.json").exists():
             raise RuntimeError(f"{way.label} ended with {code}: {tail(folder / 'log')}")
         found = json.loads((folder / "run.json").read_text())
+        environment = found.pop("environment")
         run = Run(
             workload=workload,
             way=way,
@@ -96,7 +97,7 @@ def run_once(way: Way, workload: str, rounds: int, repeat: int) -> Outcome:
         )
         kept = folder / "adapter.safetensors"
         adapter = load_file(kept) if kept.exists() else {}
-        return Outcome(run, adapter, found.pop("environment"))
+        return Outcome(run, adapter, environment)
 
 
 def end(processes: set[psutil.Process]) -> None:

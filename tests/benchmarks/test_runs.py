@@ -52,7 +52,7 @@ def test_a_run_notes_every_round_and_its_first_step(way: Way, tmp_path: Path) ->
 def test_the_compared_adapter_is_that_of_the_third_round(tmp_path: Path) -> None:
     def after(rounds: int) -> dict[str, np.ndarray]:
         folder = tmp_path / str(rounds)
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         recorder = Recorder(folder, rounds, os.getpid())
         play(WORKLOADS["tiny"], Way("loop", 1, 1), recorder)
         return load_file(folder / "adapter.safetensors")

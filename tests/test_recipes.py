@@ -1,0 +1,60 @@
+"""Every recipe loads, and those on real data train: smaller here than as they stand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedpeft.config_load import load_recipe
+from fedpeft.events import Summary, Watcher
+from fedpeft.run import run
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted([*ROOT.glob("experiments/**/*.yaml"), *ROOT.glob("fedpeft/recipes/*.yaml")])
+
+
+def test_all_recipes_are_here() -> None:
+    assert [path.stem for path in RECIPES] == ["banking77", "shakespeare", "quickstart"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_loads_and_names_itself(path: Path) -> None:
+    recipe = load_recipe(str(path), [])
+    assert recipe.name == path.stem
+    assert recipe.output.folder == f"runs/{path.stem}"
+    assert path.read_text().startswith("# ")
+
+
+def small(shared: Path, out: Path, name: str, data: str, model: str, *more: str) -> Summary:
+    recipe = load_recipe(
+        str(ROOT / "experiments" / "recipes" / f"{name}.yaml"),
+        [
+            f"data.source={shared / 'data' / data}",
+            f"model.name={shared / 'models' / model}",
+            f"output.folder={out}",
+            "baselines=[untrained]",
+            "engine.threads=1",
+            "engine.device=cpu",
+            "rounds.count=1",
+            *more,
+        ],
+    )
+    return run(recipe, Watcher())
+
+
+@pytest.mark.slow
+def test_banking77_on_a_sentence_encoder(shared: Path, tmp_path: Path) -> None:
+    more = ("data.limit=1000", "partition.clients=4", "local.epochs=2", "data.max_length=24")
+    summary = small(shared, tmp_path / "r", "banking77", "banking77", "all-MiniLM-L6-v2", *more)
+    untrained, trained = summary.rows
+    assert untrained.score.accuracy < 0.05
+    assert trained.score.accuracy > untrained.score.accuracy + 0.1
+
+
+def test_shakespeare_by_speaker_on_a_decoder(shared: Path, tmp_path: Path) -> None:
+    more = ("partition.clients=8", "local.steps=4")
+    summary = small(shared, tmp_path / "r", "shakespeare", "tinyshakespeare", "stories260K", *more)
+    untrained, trained = summary.rows
+    assert untrained.score.loss > 4.0
+    assert trained.score.loss < untrained.score.loss - 0.3
