@@ -91,8 +91,9 @@ def cuts(costs: Sequence[int], most: int, overhead: int) -> list[int]:
 
 def clip_rows(gradient: Tensor, bound: float) -> Tensor:
     """Each row of ``[K, P]`` scaled to a Euclidean norm of at most ``bound``."""
-    norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
-    return gradient * (norms / bound).clamp(min=1.0).reciprocal()
+    norms: Tensor = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+    factor: Tensor = bound / norms.clamp(min=bound)
+    return gradient * factor
 
 
 def autocast(local: Local, device: torch.device) -> AbstractContextManager[object]:
