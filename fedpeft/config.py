@@ -19,12 +19,14 @@ class Model:
     or commit of the hub. pooling: how a classifier reads the encoder; ``auto`` takes the model
     class that transformers has for sequence classification, ``mean`` averages the token vectors
     under a linear head. random: ignore the pretrained weights (a control, not a model to use).
+    quantize: hold the base in 8 or 4 bits (needs bitsandbytes); adapters stay float32.
     """
 
     name: str = "fedpeft-tiny"
     revision: str | None = None
     pooling: Literal["auto", "mean"] = "auto"
     random: bool = False
+    quantize: Literal["none", "8bit", "4bit"] = "none"
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class Local:
     epochs: passes over the client's data; steps > 0 sets the number of optimizer steps instead.
     batch_size: examples per forward pass; accumulate: forward passes per optimizer step.
     schedule: the learning rate over the whole run (``constant``, ``linear`` or ``cosine`` to zero)
-    after ``warmup``, a share of the run. clip_norm: gradient norm bound per client (0: none).
+    after ``warmup``, a share of the run. clip_norm: gradient norm bound (0: none), per ``client``
+    (of the step's mean gradient) or per ``example`` (of each example's own, before the mean).
     precision: ``fp32``, or autocast to ``bf16`` or ``fp16`` with float32 adapters. base_dropout:
     keep the base model's dropout on; an adapter's own dropout is its own setting.
     """
@@ -124,6 +127,7 @@ class Local:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = 0.0
     clip_norm: float = 0.0
+    clip_per: Literal["client", "example"] = "client"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     base_dropout: bool = False
 
@@ -147,9 +151,12 @@ class Engine:
     """How the run is computed; changes the speed, not the result.
 
     kind: ``cohort`` (clients batched through one base), ``sequential`` (one after another) or
-    ``flower`` (Flower's simulation on Ray). chunk: clients per batch (0: chosen by memory).
+    ``flower`` (Flower's simulation on Ray). chunk: clients in flight (0: planned by memory).
     device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``. threads: torch threads (0: torch's choice).
-    workers: Flower's concurrent clients (0: one per CPU core).
+    workers: of ``cohort``, processes with one base model each, through Ray (0: one per GPU); of
+    ``flower``, concurrent clients (0: one per CPU core). compile: torch.compile of the training
+    step; ``graphs`` also replays it as CUDA graphs. checkpointing: recompute the base's
+    activations in the backward pass instead of keeping them.
     """
 
     kind: Literal["cohort", "sequential", "flower"] = "cohort"
@@ -157,6 +164,8 @@ class Engine:
     device: str = "auto"
     threads: int = 0
     workers: int = 0
+    compile: Literal["none", "default", "graphs"] = "none"
+    checkpointing: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,8 @@ with fewer steps leave the batch when they are done; rows must come with most st
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,19 +16,16 @@ import torch
 from torch import Tensor
 
 from fedpeft import streams
+from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.lanes import Lane
 from fedpeft.config import Local
 from fedpeft.data.clients import Task
 from fedpeft.data.examples import Examples
-from fedpeft.metrics import client_sums
 from fedpeft.strategy import Adjust, Fit
 from fedpeft.tree import Layout, Tree
 
 FP16_SCALE = 2.0**14
 """First loss scale of a client under fp16; halved for that client when its gradient overflows."""
-
-PASS_COST = {"cpu": 256, "cuda": 4096}
-"""What a forward and backward pass costs beyond its tokens, in tokens: dispatch and launches."""
 
 
 def steps_of(examples: int, local: Local) -> int:
@@ -73,35 +68,11 @@ def rate(local: Local, done: Tensor) -> Tensor:
     return warm
 
 
-def cuts(costs: Sequence[int], most: int, overhead: int) -> list[int]:
-    """Where to cut columns of non-decreasing cost into passes of at most ``most`` columns.
-
-    A pass costs its number of columns times its last column's cost, plus ``overhead``; the cuts
-    (first 0, last ``len(costs)``) minimise the sum, by dynamic programming.
-    """
-    best: list[tuple[int, int]] = [(0, 0)]  # cost of the first j columns, start of the last pass
-    for j in range(1, len(costs) + 1):
-        starts = range(max(0, j - most), j)
-        best.append(min((best[i][0] + (j - i) * costs[j - 1] + overhead, i) for i in starts))
-    found = [len(costs)]
-    while found[-1] > 0:
-        found.append(best[found[-1]][1])
-    return found[::-1]
-
-
 def clip_rows(gradient: Tensor, bound: float) -> Tensor:
     """Each row of ``[K, P]`` scaled to a Euclidean norm of at most ``bound``."""
     norms: Tensor = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
     factor: Tensor = bound / norms.clamp(min=bound)
     return gradient * factor
-
-
-def autocast(local: Local, device: torch.device) -> AbstractContextManager[object]:
-    """The forward pass's precision; adapters stay float32."""
-    if local.precision == "fp32":
-        return nullcontext()
-    kind = torch.bfloat16 if local.precision == "bf16" else torch.float16
-    return torch.autocast(device.type, dtype=kind)
 
 
 class Trainer:
@@ -115,50 +86,7 @@ class Trainer:
         self.examples = examples
         self.local = local
         self.device = device
-
-    def gradient(
-        self, matrix: Tensor, layout: Layout, index: np.ndarray, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Gradient ``[K, P]`` and value ``[a]`` of the mean losses of the first a rows' clients.
-
-        matrix: ``[K, P]`` that requires grad. index: int64 ``[a, B]`` examples, -1 where absent.
-        scale: ``[K]`` loss scale under fp16 (else 1); the gradient returned is free of it.
-        """
-        active = len(index)
-        items = self._items(index).to(self.device)
-        losses = torch.zeros(active, device=self.device)
-        gradient = torch.zeros_like(matrix)
-        for part in self._passes(index):
-            batch = self.examples.batch(torch.from_numpy(part)).to(self.device)
-            params = layout.unpack(matrix if active == len(matrix) else matrix[:active])
-            with autocast(self.local, self.device):
-                logits = self.lane.logits(params, batch)
-            loss = client_sums(self.task, logits, batch)[0] / items
-            gradient += torch.autograd.grad((loss * scale[:active]).sum(), matrix)[0]
-            losses += loss.detach()
-        return gradient / scale[:, None], losses
-
-    def _passes(self, index: np.ndarray) -> list[np.ndarray]:
-        """A step's rows as passes of at most ``batch_size`` rows a client, short rows first.
-
-        The order of rows within a step does not matter, so that long rows need not pad short ones.
-        """
-        lengths = self.examples.lengths.numpy()[index.clip(min=0)] * (index >= 0)
-        order = np.argsort(lengths, axis=1, kind="stable")
-        width = max(1, int((index >= 0).sum(1).max()))
-        ordered = np.take_along_axis(index, order, axis=1)[:, -width:]
-        longest = np.take_along_axis(lengths, order, axis=1)[:, -width:].max(axis=0)
-        costs = len(index) * longest
-        at = cuts(costs.tolist(), self.local.batch_size, PASS_COST[self.device.type])
-        return [ordered[:, i:j] for i, j in itertools.pairwise(at)]
-
-    def _items(self, index: np.ndarray) -> Tensor:
-        """Loss items per client of a step: examples, or predicted tokens; at least 1."""
-        present = torch.from_numpy(index >= 0)
-        if self.examples.labels is not None:
-            return present.sum(1).clamp(min=1)
-        lengths = self.examples.lengths[torch.from_numpy(index).clamp(min=0)] - 1
-        return (lengths * present).sum(1).clamp(min=1)
+        self.gradients = Gradients(lane, task, examples, local, device)
 
     def fit(
         self, start: Tree, plans: Sequence[np.ndarray], progress: Progress, adjust: Adjust | None
@@ -178,7 +106,7 @@ class Trainer:
         for step in range(counts[0]):
             active = int((steps > step).sum())
             index = np.stack([plan[step] for plan in plans[:active]])
-            gradient, losses = self.gradient(matrix, layout, index, scale)
+            gradient, losses = self.gradients.step(matrix, layout, index, scale)
             total[:active] += losses
             if self.local.clip_norm > 0:
                 gradient = clip_rows(gradient, self.local.clip_norm)

@@ -245,11 +245,14 @@ class Strategy(ABC, Generic[S]):
     pools: a reference that trains on the union of all clients' data; not federated.
     remembers: clients keep private memory between rounds.
     shares: the result is one global adapter; without it every client ends with its own.
+    linear: ``receive`` reads replies only through means of their trees and scalars weighted by the
+    scalar ``weight``; so replies may be averaged in parts, each part with its total weight.
     """
 
     pools: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
     shares: ClassVar[bool] = True
+    linear: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, problem: Problem) -> S:

@@ -27,6 +27,7 @@ class Centralised(Strategy[State]):
     """The mean over the one pooled client is that client's adapter."""
 
     pools: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
 
     def init(self, problem: Problem) -> State:
         return State(problem.initial)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedpeft.strategy import Cohort, Messages, Problem, Replies, Strategy, weighted_mean
 from fedpeft.tree import Tree
@@ -25,6 +26,8 @@ class State:
 @dataclass(frozen=True)
 class FedAvg(Strategy[State]):
     """w <- sum_k p_k w_k with p_k = weight_k / sum_j weight_j over the round's valid replies."""
+
+    linear: ClassVar[bool] = True
 
     def init(self, problem: Problem) -> State:
         return State(problem.initial)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedpeft.errors import FedpeftError
 from fedpeft.strategy import Cohort, Messages, Problem, Replies, Strategy, weighted_mean
@@ -36,6 +36,8 @@ class FedProx(Strategy[State]):
     space: ``factor`` takes the distance over all trainable tensors; ``product`` over LoRA's updates
     s B A, and over the tensors themselves where they are not lora_A and lora_B (heads).
     """
+
+    linear: ClassVar[bool] = True
 
     mu: float = 0.01
     space: Literal["factor", "product"] = "factor"

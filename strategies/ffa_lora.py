@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class FfaLora(Strategy[State]):
     init_a: A's entries ~ U(-1/sqrt(d_in), 1/sqrt(d_in)) (``kaiming``, as in peft), or its rows
     ``orthonormal``, from the QR factors of a Gaussian matrix.
     """
+
+    linear: ClassVar[bool] = True
 
     init_a: Literal["kaiming", "orthonormal"] = "kaiming"
 

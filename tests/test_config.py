@@ -173,7 +173,7 @@ def test_every_option_is_taken_and_a_mistyped_one_refused(key: str) -> None:
 
 
 def test_the_options_are_found() -> None:
-    assert len(OPTIONS) == 9 and OPTIONS["engine.kind"] == ("cohort", "sequential", "flower")
+    assert len(OPTIONS) == 12 and OPTIONS["engine.kind"] == ("cohort", "sequential", "flower")
 
 
 # Values

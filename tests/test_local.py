@@ -13,9 +13,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedpeft import tree
+from fedpeft.cohort.gradient import cuts
 from fedpeft.cohort.lanes import FoldLane, LoopLane
 from fedpeft.config import Local
-from fedpeft.local import Progress, Trainer, batch_plan, clip_rows, cuts, rate, steps_of
+from fedpeft.local import Progress, Trainer, batch_plan, clip_rows, rate, steps_of
 from fedpeft.strategy import Fit
 from fedpeft.tree import Tree
 from tests.tiny import IA3, LORA, tiny_network, tiny_population
@@ -179,14 +180,14 @@ def test_reduced_precision_comes_close_and_keeps_float32_adapters(precision: str
 def test_an_fp16_overflow_costs_the_client_its_step_and_nobody_else() -> None:
     local = dataclasses.replace(LOCALS["sgd momentum decay"], precision="fp16")
     at = trainer(local, LORA, FoldLane)
-    real = at.gradient
+    real = at.gradients.step
 
     def overflow(matrix, layout, index, scale):  # type: ignore[no-untyped-def]
         gradient, losses = real(matrix, layout, index, scale)
         gradient[1] = torch.inf
         return gradient, losses
 
-    at.gradient = overflow  # type: ignore[method-assign]
+    at.gradients.step = overflow  # type: ignore[method-assign]
     begin = start(LORA, len(SIZES))
     found = at.fit(begin, plans(local), PROGRESS, None)
     sound = fit(local, LORA)
@@ -260,7 +261,7 @@ def test_short_rows_are_not_padded_to_the_longest() -> None:
     at = trainer(Local(batch_size=4), LORA, FoldLane)
     lengths = at.examples.lengths.numpy()
     index = np.array([[0, 1, 2, 3], [5, 6, 7, -1]])
-    passes = at._passes(index)
+    passes = at.gradients._passes(index)
     rows = np.concatenate(passes, axis=1)
     assert [sorted(r[r >= 0].tolist()) for r in rows] == [[0, 1, 2, 3], [5, 6, 7]]
     in_order = [lengths[r[r >= 0]].tolist() for r in rows]
