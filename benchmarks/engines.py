@@ -14,6 +14,7 @@ from benchmarks.workload import CLASSES, SEED, Workload, client_name, clients_of
 from fedpeft.cohort.choose import choose_lane
 from fedpeft.cohort.chunk import choose
 from fedpeft.cohort.federation import CohortFederation, Settings
+from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.lanes import Lane, LoopLane
 from fedpeft.config import Rounds
 from fedpeft.data.clients import ClientData, Population
@@ -58,8 +59,10 @@ def engine(workload: Workload, recorder: Recorder, kind: str, chunk: int) -> dic
     """Plays the rounds; ``kind`` is ``cohort`` or ``sequential``; fedpeft chooses a chunk of 0."""
     network = build_network(build_model(workload), "classification", CLASSES, torch.device("cpu"))
     if kind == "cohort":
-        lane = choose_lane(network, population(workload).examples)
-        size = chunk or choose(network, workload.local, workload.tokens)
+        examples = population(workload).examples
+        lane = choose_lane(network, examples)
+        task, device = network.task, network.device
+        size = chunk or choose(network, Gradients(lane, task, examples, workload.local, device))
     else:
         lane, size = LoopLane(network.model), 1
     strategy, cohorts = build("fedavg", {}), federations(workload, network, lane, size)

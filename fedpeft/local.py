@@ -1,14 +1,14 @@
-"""Local training of one cohort: K clients step in lockstep on one matrix ``[K, P]``.
+"""Local training of one cohort: C of its K clients at a time step together on a matrix ``[C, P]``.
 
-Row k of the matrix is client k's adapter. Every operation is row-wise (batched forward, optimizers,
-clipping, learning-rate schedule, loss scale), so no client sees another's data or state. Clients
-with fewer steps leave the batch when they are done; rows must come with most steps first.
+Each row of the matrix is one client's adapter. Every operation is row-wise (batched forward,
+optimizers, clipping, learning-rate schedule, loss scale), so no client sees another's data or
+state. A row whose client is done takes the next one (``cohort.turns``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +17,9 @@ from torch import Tensor
 
 from fedpeft import streams
 from fedpeft.cohort.gradient import Gradients
-from fedpeft.cohort.lanes import Lane
+from fedpeft.cohort.optimizer import RowOptimizer
+from fedpeft.cohort.turns import IDLE, Turn, turns
 from fedpeft.config import Local
-from fedpeft.data.clients import Task
-from fedpeft.data.examples import Examples
 from fedpeft.strategy import Adjust, Fit
 from fedpeft.tree import Layout, Tree
 
@@ -76,108 +75,132 @@ def clip_rows(gradient: Tensor, bound: float) -> Tensor:
 
 
 class Trainer:
-    """Local training on one device: the lane, the task, the data and the recipe's settings."""
+    """Local training of cohorts: ``gradients`` says of what and where, ``width`` how many at once.
+
+    on_done: called with a client's number in its cohort when its local training is complete.
+    """
 
     def __init__(
-        self, lane: Lane, task: Task, examples: Examples, local: Local, device: torch.device
+        self, gradients: Gradients, width: int, on_done: Callable[[int], None] = lambda k: None
     ) -> None:
-        self.lane = lane
-        self.task = task
-        self.examples = examples
-        self.local = local
-        self.device = device
-        self.gradients = Gradients(lane, task, examples, local, device)
+        self.gradients = gradients
+        self.width = width
+        self.on_done = on_done
 
     def fit(
-        self, start: Tree, plans: Sequence[np.ndarray], progress: Progress, adjust: Adjust | None
+        self,
+        start: Tree,
+        plans: Sequence[np.ndarray],
+        progress: Progress,
+        adjust: Adjust | None = None,
+        own: Mapping[str, Tree] | None = None,
     ) -> Fit:
         """Local training of K clients from ``start`` (stacked) along their batch plans.
 
-        plans: one ``[steps_k, B]`` per client, most steps first.
+        plans: one ``[steps_k, B]`` per client. adjust, own: as in ``Cohort.fit``.
         """
+        gradients = self.gradients
+        device, local = gradients.device, gradients.local
         layout = Layout.of({name: value[0] for name, value in start.items()})
-        matrix = layout.pack(start).to(self.device, torch.float32).requires_grad_()
-        optimizer = self._optimizer(matrix)
+        clients = layout.pack(start).to(device, torch.float32)  # [K, P], where each client is now
         steps = torch.tensor([len(plan) for plan in plans])
-        counts = steps.tolist()
-        assert counts == sorted(counts, reverse=True), "clients come with most steps first"
-        final, total = matrix.detach().clone(), torch.zeros(len(plans), device=self.device)
-        scale = torch.full((len(plans),), self._first_scale, device=self.device)
-        for step in range(counts[0]):
-            active = int((steps > step).sum())
-            index = np.stack([plan[step] for plan in plans[:active]])
-            gradient, losses = self.gradients.step(matrix, layout, index, scale)
-            total[:active] += losses
-            if self.local.clip_norm > 0:
-                gradient = clip_rows(gradient, self.local.clip_norm)
+        total = torch.zeros(len(plans), device=device)
+        rows = _Rows(clients, local)
+        for turn, following in _with_next(turns(plans, self.width, gradients.lane.fixed)):
+            rows.seat(turn, own or {})
+            if following is not None:
+                gradients.loader.ahead(following.index)
+            gradient, losses = gradients.step(rows.matrix, layout, turn.index, rows.scale)
+            if local.clip_norm > 0 and local.clip_per == "client":
+                gradient = clip_rows(gradient, local.clip_norm)
             if adjust is not None:
                 with torch.no_grad():
-                    changed = adjust(layout.unpack(gradient), layout.unpack(matrix.detach()))
-                    gradient = layout.pack(changed)
-            good = self._step(matrix, gradient, optimizer, self._rates(steps, step, progress))
-            scale *= torch.where(good, 1.0, 0.5)
-            still = int((steps > step + 1).sum())
-            final[still:active] = matrix.detach()[still:active]
-        loss = total / steps.clamp(min=1).to(self.device)
-        return Fit(layout.unpack(final), loss, steps)
-
-    @property
-    def _first_scale(self) -> float:
-        return FP16_SCALE if self.local.precision == "fp16" else 1.0
-
-    def _optimizer(self, matrix: Tensor) -> torch.optim.Optimizer:
-        local = self.local
-        if local.optimizer == "sgd":
-            return torch.optim.SGD(
-                [matrix], lr=local.lr, momentum=local.momentum, weight_decay=local.weight_decay
-            )
-        return torch.optim.AdamW([matrix], lr=local.lr, weight_decay=local.weight_decay)
-
-    def _rates(self, steps: Tensor, step: int, progress: Progress) -> Tensor | None:
-        """Learning-rate factors ``[K, 1]`` at ``step``, or None where they are all 1."""
-        if self.local.schedule == "constant" and self.local.warmup == 0:
-            return None
-        within = (step / steps.clamp(min=1)).clamp(max=1.0)
-        done = (progress.round - 1 + within) / progress.rounds
-        return rate(self.local, done).to(self.device, torch.float32)[:, None]
-
-    def _step(
-        self,
-        matrix: Tensor,
-        gradient: Tensor,
-        optimizer: torch.optim.Optimizer,
-        rates: Tensor | None,
-    ) -> Tensor:
-        """One optimizer step on every row; returns which rows took it, bool ``[K]``.
-
-        The updates of SGD and AdamW are proportional to the learning rate, so a row's own rate is
-        a factor on its update. Under fp16 a row whose gradient overflowed keeps all its state.
-        """
-        scaled = self.local.precision == "fp16"
-        keep = {"": matrix, **(_row_state(optimizer, matrix) if scaled else {})}
-        before = (
-            {n: v.detach().clone() for n, v in keep.items()} if scaled or rates is not None else {}
-        )
-        matrix.grad = gradient
-        optimizer.step()
-        if rates is not None:
-            with torch.no_grad():
-                matrix.copy_(before[""] + rates * (matrix - before[""]))
-        if not scaled:
-            return torch.ones(len(matrix), dtype=torch.bool, device=self.device)
-        good = torch.isfinite(gradient).all(dim=1)
-        with torch.no_grad():
-            for name, value in {"": matrix, **_row_state(optimizer, matrix)}.items():
-                old = before.get(name, torch.zeros_like(value))
-                value.copy_(torch.where(good[:, None], value, old))
-        return good
+                    at = layout.unpack(rows.matrix.detach())
+                    gradient = layout.pack(adjust(layout.unpack(gradient), at, rows.own))
+            rows.step(gradient, rates(local, turn, steps, progress))
+            rows.land(turn, losses, total)
+            for k in turn.clients[turn.last].tolist():
+                self.on_done(k)
+        return Fit(layout.unpack(clients), total / steps.clamp(min=1).to(device), steps)
 
 
-def _row_state(optimizer: torch.optim.Optimizer, matrix: Tensor) -> Tree:
-    """The optimizer's tensors that have a row per client."""
-    state = optimizer.state.get(matrix, {})
-    return {
-        name: value
-        for name, value in state.items()
-        if isinstance(value, Tensor) and value.shape == matrix.shape
-    }
+def rates(local: Local, turn: Turn, steps: Tensor, progress: Progress) -> Tensor | None:
+    """Learning-rate factors ``[C, 1]`` of a turn's rows, or None where they are all 1.
+
+    steps: of all clients in the round, int64 ``[K]``.
+    """
+    if local.schedule == "constant" and local.warmup == 0:
+        return None
+    within = torch.from_numpy(turn.steps) / steps[torch.from_numpy(turn.clients)]
+    return rate(local, (progress.round - 1 + within) / progress.rounds).float()[:, None]
+
+
+class _Rows:
+    """The rows in flight: ``matrix [C, P]``, the optimizer, the loss scale ``[C]``.
+
+    clients: ``[K, P]``, from which clients start and to which they return. own: the trees of
+    ``Cohort.fit`` for the clients in the rows.
+    """
+
+    def __init__(self, clients: Tensor, local: Local) -> None:
+        self.matrix = clients[:0]
+        self.scale = clients.new_zeros(0)
+        self.own: dict[str, Tree] = {}
+        self._clients = clients
+        self._local = local
+        self._optimizer = RowOptimizer(local, self.matrix)
+        self._first_scale = FP16_SCALE if local.precision == "fp16" else 1.0
+
+    def seat(self, turn: Turn, own: Mapping[str, Tree]) -> None:
+        """Lets rows go whose clients are done, and seats the clients that begin in ``turn``."""
+        if np.array_equal(turn.source, np.arange(len(self.matrix))):
+            return
+        device = self._clients.device
+        at, source = (torch.from_numpy(x).to(device) for x in (turn.clients, turn.source))
+        if len(self.matrix) == 0:
+            self.matrix = self._clients[at]
+            self.scale = torch.full((len(at),), self._first_scale, device=device)
+            self._optimizer = RowOptimizer(self._local, self.matrix)
+        elif len(source) < len(self.matrix):
+            kept = source.clamp(min=0)
+            self.matrix, self.scale = self.matrix.detach()[kept], self.scale[kept]
+            self._optimizer.select(kept)
+        self.matrix = self.matrix.detach()
+        for row in np.flatnonzero(turn.source == IDLE).tolist():
+            self.matrix[row] = self._clients[int(turn.clients[row])]
+            self.scale[row] = self._first_scale
+            self._optimizer.reset(row)
+        self.matrix.requires_grad_()
+        where = at.clamp(min=0)
+        self.own = {
+            name: {key: value.to(device)[where] for key, value in tree.items()}
+            for name, tree in own.items()
+        }
+
+    def step(self, gradient: Tensor, factors: Tensor | None) -> None:
+        """One optimizer step of every row; under fp16 a row that overflowed waits and rescales."""
+        factors = None if factors is None else factors.to(gradient.device)
+        taken = None
+        if self._local.precision == "fp16":
+            taken = torch.isfinite(gradient).all(dim=1)
+            self.scale = self.scale * torch.where(taken, 1.0, 0.5)
+        self._optimizer.step(self.matrix, gradient, factors, taken)
+
+    def land(self, turn: Turn, losses: Tensor, total: Tensor) -> None:
+        """Adds the turn's losses ``[C]`` to ``total [K]``, and brings home who is done."""
+        present = np.flatnonzero(turn.clients != IDLE)
+        total[turn.clients[present]] += losses[present]
+        done = np.flatnonzero(turn.last)
+        if len(done):
+            self._clients[turn.clients[done]] = self.matrix.detach()[done]
+
+
+def _with_next(found: Iterable[Turn]) -> Iterator[tuple[Turn, Turn | None]]:
+    """Each turn with the one after it (None after the last)."""
+    before: Turn | None = None
+    for turn in found:
+        if before is not None:
+            yield before, turn
+        before = turn
+    if before is not None:
+        yield before, None

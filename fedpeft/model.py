@@ -25,6 +25,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fedpeft import streams, tree
@@ -196,11 +197,16 @@ def attach(base: nn.Module, settings: Mapping[str, Any], task: Task, seed: int) 
 
 
 def set_mode(model: nn.Module, training: bool, base_dropout: bool) -> None:
-    """Adapters' dropout follows ``training``; the frozen base's only with ``base_dropout``."""
+    """Adapters' dropout follows ``training``; the frozen base's only with ``base_dropout``.
+
+    Blocks that recompute their activations do so only in training.
+    """
     model.train(training and base_dropout)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.train(training)
+        elif isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = training  # its own flag: the dropout below it is the base's
 
 
 def base_digest(model: nn.Module) -> str:

@@ -77,7 +77,7 @@ def make_plan(prepared: Prepared) -> Plan:
         down=stack_bytes(sent),
         up=message_bytes(type(sent[0])(reply, scalars)),
         tokens=round(tokens),
-        memory=estimate(network, recipe.local, prepared.tokens_per_row),
+        memory=estimate(network, prepared.gradients),
     )
 
 

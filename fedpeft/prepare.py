@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from fedpeft import sampling
 from fedpeft.cohort.choose import choose_lane
 from fedpeft.cohort.chunk import choose
 from fedpeft.cohort.federation import CohortFederation, Settings
-from fedpeft.cohort.lanes import Lane, LoopLane
+from fedpeft.cohort.gradient import Gradients
+from fedpeft.cohort.lanes import Lane, LoopLane, speed_up
 from fedpeft.config import Recipe
 from fedpeft.data.build import build_population, pool
 from fedpeft.data.clients import Population
@@ -51,17 +53,17 @@ class Prepared:
         )
 
     @property
-    def tokens_per_row(self) -> int:
-        """Tokens of the longest example: what a padded row can cost."""
-        return int(self.population.examples.lengths.max())
+    def gradients(self) -> Gradients:
+        """The gradients of the clients' losses, under the recipe's local settings."""
+        task, examples = self.population.task, self.population.examples
+        return Gradients(self.lane, task, examples, self.recipe.local, self.network.device)
 
-    @property
+    @cached_property
     def chunk(self) -> int:
-        """Clients that train at once."""
+        """Clients in flight at once."""
         if isinstance(self.lane, LoopLane):
             return 1
-        wanted = self.recipe.engine.chunk
-        return wanted or choose(self.network, self.recipe.local, self.tokens_per_row)
+        return self.recipe.engine.chunk or choose(self.network, self.gradients)
 
     def federation(self, on_chunk: Callable[[int, int], None] | None = None) -> CohortFederation:
         """The in-process federation of the run's clients; ``on_chunk`` as in CohortFederation."""
@@ -132,6 +134,7 @@ def prepare(recipe: Recipe) -> Prepared:
     network = prepare_network(recipe, population, device)
     looped = recipe.engine.kind == "sequential"
     lane = LoopLane(network.model) if looped else choose_lane(network, population.examples)
+    lane = speed_up(lane, recipe.engine)
     return Prepared(recipe, strategy, population, network, lane, tokenizer)
 
 
@@ -169,5 +172,8 @@ def as_baseline(prepared: Prepared, name: str) -> Prepared:
         failure_rate=0.0,
         sampling=dataclasses.replace(recipe.rounds.sampling, kind="uniform", fraction=1.0),
     )
-    changed = dataclasses.replace(recipe, strategy={"name": name}, rounds=rounds, local=local)
+    engine = dataclasses.replace(recipe.engine, chunk=prepared.chunk)
+    changed = dataclasses.replace(
+        recipe, strategy={"name": name}, rounds=rounds, local=local, engine=engine
+    )
     return dataclasses.replace(prepared, recipe=changed, strategy=strategy, population=population)

@@ -49,8 +49,12 @@ from fedpeft.tree import Tree
 
 S = TypeVar("S")
 
-Adjust = Callable[[Tree, Tree], Tree]
-"""``(gradient, adapter) -> gradient``, both stacked; applied after clipping, before the step."""
+Adjust = Callable[[Tree, Tree, Mapping[str, Tree]], Tree]
+"""``(gradient, adapter, own) -> gradient``, all stacked; applied after clipping, before the step.
+
+Its rows are the clients that step together, which may be some of the cohort's; ``own`` holds the
+same clients' rows of the trees that ``Cohort.fit`` was given under that name.
+"""
 
 
 @dataclass(frozen=True)
@@ -214,12 +218,20 @@ class Cohort(ABC):
     initial: Tree
 
     @abstractmethod
-    def fit(self, start: Tree, *, fixed: Tree | None = None, adjust: Adjust | None = None) -> Fit:
+    def fit(
+        self,
+        start: Tree,
+        *,
+        fixed: Tree | None = None,
+        adjust: Adjust | None = None,
+        own: Mapping[str, Tree] | None = None,
+    ) -> Fit:
         """Local training from ``start`` (stacked) with the recipe's optimizer, steps and batches.
 
         Exactly the tensors of ``start`` are trained; ``fixed`` (unstacked) holds the model's other
         trainable tensors, the same for all clients. Together they must name every trainable tensor
-        of the model. ``adjust`` maps the clipped gradient, e.g. a proximal term.
+        of the model. ``adjust`` maps the clipped gradient, e.g. a proximal term; what it needs of
+        each client (stacked trees) comes through ``own``, never from outside.
         """
 
     @abstractmethod

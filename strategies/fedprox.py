@@ -64,13 +64,14 @@ class FedProx(Strategy[State]):
     def train(self, messages: Messages, cohort: Cohort) -> Messages:
         start, scaling = messages.trees["adapter"], messages[0].scalars
 
-        def proximal(gradient: Tree, adapter: Tree) -> Tree:
-            pull = sub(adapter, start)
+        def proximal(gradient: Tree, adapter: Tree, own: Mapping[str, Tree]) -> Tree:
+            pull = sub(adapter, own["start"])
             if self.space == "product":
-                pull |= product_pull(adapter, start, scaling)
+                pull |= product_pull(adapter, own["start"], scaling)
             return add(gradient, scale(pull, self.mu))
 
-        fit = cohort.fit(start, adjust=proximal if self.mu > 0 else None)
+        adjust = proximal if self.mu > 0 else None
+        fit = cohort.fit(start, adjust=adjust, own={"start": start})
         return messages.reply({"adapter": fit.adapter}, weight=cohort.weights, loss=fit.loss)
 
     def receive(self, state: State, replies: Replies) -> State:

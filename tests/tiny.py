@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,12 @@ IA3: dict[str, Any] = {
 LOCAL = Local(optimizer="sgd", lr=0.1, batch_size=4)
 
 
-def tiny_model(seed: int = 0) -> BertForSequenceClassification:
-    """One layer, width 16, dropout off, random weights."""
+def tiny_model(seed: int = 0, layers: int = 1) -> BertForSequenceClassification:
+    """Width 16, dropout off, random weights."""
     config = BertConfig(
         vocab_size=WORDS,
         hidden_size=16,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=16,
@@ -69,9 +69,9 @@ def tiny_population(sizes: Sequence[int], held: int = 3, seed: int = 0) -> Popul
     return Population("classification", tuple(clients), examples, examples, labels, "tiny")
 
 
-def tiny_network(adapter: Mapping[str, Any], seed: int = 0) -> Network:
+def tiny_network(adapter: Mapping[str, Any], seed: int = 0, layers: int = 1) -> Network:
     """The tiny BERT with an adapter, its head trained with it."""
-    base: nn.Module = tiny_model(seed).eval().requires_grad_(False)
+    base: nn.Module = tiny_model(seed, layers).eval().requires_grad_(False)
     model = attach(base, adapter, "classification", seed)
     return build_network(model, "classification", CLASSES, torch.device("cpu"))
 
@@ -97,11 +97,15 @@ class Tiny:
         return Problem(network.initial, network.scaling, names, self.rounds.count, self.seed)
 
     def federation(
-        self, strategy: Strategy[Any], chunk: int = 8, lane: type[Lane] = FoldLane
+        self,
+        strategy: Strategy[Any],
+        chunk: int = 8,
+        lane: type[Lane] = FoldLane,
+        on_chunk: Callable[[int, int], None] | None = None,
     ) -> CohortFederation:
-        settings = Settings(self.local, self.rounds, self.seed)
+        settings, lane_ = Settings(self.local, self.rounds, self.seed), lane(self.network.model)
         return CohortFederation(
-            self.network, lane(self.network.model), self.population, strategy, settings, chunk
+            self.network, lane_, self.population, strategy, settings, chunk, on_chunk
         )
 
 

@@ -1,54 +1,93 @@
-"""How many clients train at once: by tokens in flight, bounded by memory."""
+"""How many clients are in flight at once: by tokens, within the memory that is free.
+
+The memory of a client is measured, not guessed: one forward pass of one client's largest batch,
+in which every tensor that autograd keeps is counted. That holds for any model, adapter, attention
+kernel, precision and checkpointing.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
-from fedpeft.config import Local
-from fedpeft.model import Network
+from fedpeft.cohort.gradient import Gradients
+from fedpeft.cohort.lanes import LoopLane
+from fedpeft.data.examples import Batch
+from fedpeft.model import Network, set_mode
+from fedpeft.tree import Tree
 
 TOKENS = {"cpu": 2048, "cuda": 8192}
-"""Tokens per fused step beyond which a larger chunk gains nothing (measured, benchmarks/)."""
+"""Tokens per fused step beyond which more clients gain nothing (CPU: measured, benchmarks/; GPU: a
+bound on what ``fastest`` may find)."""
 
 MOST = {"cpu": 64, "cuda": 512}
-"""Largest chunk chosen by itself."""
+"""Most clients in flight that are chosen without being asked for."""
 
 SHARE = 0.5
 """Share of the free memory that the estimate may fill."""
 
+MARGIN = 1.25
+"""What a step needs beyond the tensors that it keeps: gradients and temporaries of one layer."""
+
+COHORT = 8
+"""Clients that a strategy sees at once, for each one in flight: so rows can be refilled."""
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one client in a chunk, and bytes free on the device.
+    """Bytes that training needs beside the model, and bytes free on the device.
 
-    per_client: activations kept for backward, adapter and optimizer state. An upper estimate: a
-    frozen base keeps less.
+    per_client: one more client in flight: activations kept for the backward pass, the row's adapter
+    with gradient, optimizer state and temporaries, and COHORT clients' adapters, as they came and
+    as they go.
     """
 
     per_client: int
     free: int
 
 
-def estimate(network: Network, local: Local, tokens_per_row: int) -> MemoryEstimate:
-    """Memory of one more client whose rows have ``tokens_per_row`` tokens.
+def estimate(network: Network, gradients: Gradients) -> MemoryEstimate:
+    """Measures the memory of one client with the longest rows there are."""
+    local, size = gradients.local, network.layout.size
+    moments = 2 if local.optimizer == "adamw" else int(local.momentum > 0)
+    waiting = 2 * (1 if isinstance(gradients.lane, LoopLane) else COHORT)
+    state = 4 * size * (4 + moments + waiting)
+    kept, blocks = kept_for_backward(network, gradients), gradients.lane.blocks
+    if blocks:  # each block's input, and one block's activations while it is recomputed
+        tokens = gradients.local.batch_size * int(gradients.examples.lengths.max())
+        config: Any = network.model.config
+        kept = kept // blocks + 4 * blocks * tokens * int(config.hidden_size)
+    return MemoryEstimate(int(MARGIN * kept) + state, free_memory(network.device))
 
-    Activations of a transformer block in float32: ``tokens * (68 hidden + 10 heads * T)`` bytes
-    (Korthikanti et al., arXiv 2205.05198, eq. 2, twice for float32); language-model logits thrice;
-    adapter, gradient, two moments, two copies.
+
+def kept_for_backward(network: Network, gradients: Gradients) -> int:
+    """Bytes that autograd keeps of one client's forward pass; its parameters do not count.
+
+    Without checkpointing, whatever the lane says.
     """
-    config = network.model.config
-    tokens = local.batch_size * tokens_per_row
-    heads = int(getattr(config, "num_attention_heads", 8))
-    block = 68 * int(getattr(config, "hidden_size", 768)) + 10 * heads * tokens_per_row
-    activations = tokens * int(getattr(config, "num_hidden_layers", 12)) * block
-    logits = (
-        12 * tokens * int(getattr(config, "vocab_size", 0)) if network.task == "causal_lm" else 0
-    )
-    state = 4 * 6 * network.layout.size
-    return MemoryEstimate(activations + logits + state, free_memory(network.device))
+    stacked = _copies(network, 1)
+    known = [*network.model.parameters(), *stacked.values()]
+    parameters = {value.untyped_storage().data_ptr() for value in known}
+    found: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            found[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    batch = _longest(gradients, 1)
+    set_mode(network.model, not gradients.lane.blocks, gradients.local.base_dropout)
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = gradients.losses(stacked, batch)
+    del loss  # only now may a storage be freed, and its address be taken by another
+    return sum(found.values())
 
 
 def free_memory(device: torch.device) -> int:
@@ -58,11 +97,69 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def choose(network: Network, local: Local, tokens_per_row: int) -> int:
-    """Clients per chunk: enough tokens to keep the device busy, within half the free memory."""
-    need = estimate(network, local, tokens_per_row)
-    tokens = max(1, local.batch_size * tokens_per_row)
-    kind = "cuda" if network.device.type == "cuda" else "cpu"
+def choose(network: Network, gradients: Gradients) -> int:
+    """Clients in flight: enough to keep the device busy, within SHARE of the free memory.
+
+    On a GPU, where the best number depends on the card, the numbers up to the bound are tried.
+    """
+    if isinstance(gradients.lane, LoopLane):
+        return 1
+    need, kind = estimate(network, gradients), network.device.type
+    tokens = max(1, gradients.local.batch_size * int(gradients.examples.lengths.max()))
     by_tokens = max(1, min(MOST[kind], round(TOKENS[kind] / tokens)))
     by_memory = max(1, int(SHARE * need.free / max(1, need.per_client)))
-    return min(by_tokens, by_memory)
+    most = min(by_tokens, by_memory)
+    if kind == "cpu":
+        return most
+    return fastest(lambda width: seconds_of_step(network, gradients, width), most)
+
+
+def fastest(seconds: Callable[[int], float], most: int) -> int:
+    """The smallest of 1, 2, 4, ..., ``most`` beyond which a client is hardly cheaper.
+
+    seconds: time of one step with so many clients. The search ends when doubling saves less than a
+    twentieth per client, or runs out of memory.
+    """
+    width, best = 1, seconds(1)
+    while width < most:
+        wider = min(2 * width, most)
+        try:
+            each = seconds(wider) / wider
+        except torch.OutOfMemoryError:
+            break
+        if each > 0.95 * best:
+            break
+        width, best = wider, each
+    return width
+
+
+def seconds_of_step(network: Network, gradients: Gradients, width: int) -> float:
+    """Wall time of a forward and backward pass of ``width`` clients, the better of two."""
+    stacked, batch = _copies(network, width), _longest(gradients, width)
+    set_mode(network.model, True, gradients.local.base_dropout)
+    times = []
+    with torch.random.fork_rng():
+        for _ in range(2):
+            began = time.perf_counter()
+            loss = gradients.losses(stacked, batch).sum()
+            torch.autograd.grad(loss, list(stacked.values()), allow_unused=True)
+            if network.device.type == "cuda":
+                torch.cuda.synchronize(network.device)
+            times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _copies(network: Network, clients: int) -> Tree:
+    """The initial adapter for ``clients`` clients, on the device, as leaves of autograd."""
+    return {
+        name: value.expand(clients, *value.shape).to(network.device).clone().requires_grad_()
+        for name, value in network.initial.items()
+    }
+
+
+def _longest(gradients: Gradients, clients: int) -> Batch:
+    """A batch of the longest examples for each of ``clients`` clients."""
+    size, lengths = gradients.local.batch_size, gradients.examples.lengths
+    longest = torch.topk(lengths, min(size, len(lengths))).indices
+    index = longest.repeat(-(-size // len(longest)))[:size]
+    return gradients.examples.batch(index.repeat(clients, 1)).to(gradients.device)

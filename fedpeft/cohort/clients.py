@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,38 +49,45 @@ class TorchCohort(Cohort):
         self._info = info
         self._memory = memory
 
-    def fit(self, start: Tree, *, fixed: Tree | None = None, adjust: Adjust | None = None) -> Fit:
+    def fit(
+        self,
+        start: Tree,
+        *,
+        fixed: Tree | None = None,
+        adjust: Adjust | None = None,
+        own: Mapping[str, Tree] | None = None,
+    ) -> Fit:
         self._place(start, fixed)
+        local, info = self._trainer.gradients.local, self._info
         plans = [
-            batch_plan(
-                c.train, self._trainer.local, self._info.seed, c.name, self._info.progress.round
-            )
-            for c in self._data
+            batch_plan(c.train, local, info.seed, c.name, info.progress.round) for c in self._data
         ]
-        return self._trainer.fit(start, plans, self._info.progress, adjust)
+        return self._trainer.fit(start, plans, info.progress, adjust, own)
 
     def gradients(self, at: Tree, *, fixed: Tree | None = None) -> Tree:
         self._place(at, fixed)
         layout = Layout.of({name: value[0] for name, value in at.items()})
-        matrix = layout.pack(at).to(self._trainer.device, torch.float32).requires_grad_()
+        matrix = layout.pack(at).to(self._device, torch.float32)
         total = torch.zeros_like(matrix)
-        items = torch.zeros(len(self._data), device=self._trainer.device)
-        for index in self._passes():
-            sums, counts = self._sums(layout.unpack(matrix), index)
-            total += torch.autograd.grad(sums.sum(), matrix)[0]
-            items += counts
+        items = torch.zeros(len(self._data), device=self._device)
+        for part, index in self._passes():
+            own = matrix[part].requires_grad_()
+            sums, counts = self._sums(layout.unpack(own), index)
+            total[part] += torch.autograd.grad(sums.sum(), own)[0]
+            items[part] += counts
         return layout.unpack(total / items.clamp(min=1)[:, None])
 
     def losses(self, at: Tree, *, fixed: Tree | None = None) -> Tensor:
         self._place(at, fixed)
-        placed = {name: value.to(self._trainer.device) for name, value in at.items()}
-        total = torch.zeros(len(self._data), device=self._trainer.device)
+        placed = {name: value.to(self._device) for name, value in at.items()}
+        total = torch.zeros(len(self._data), device=self._device)
         items = torch.zeros_like(total)
         with torch.no_grad():
-            for index in self._passes():
-                sums, counts = self._sums(placed, index)
-                total += sums
-                items += counts
+            for part, index in self._passes():
+                own = {name: value[part] for name, value in placed.items()}
+                sums, counts = self._sums(own, index)
+                total[part] += sums
+                items[part] += counts
         return total / items.clamp(min=1)
 
     def recall(self, name: str, default: Tree) -> Tree:
@@ -114,16 +121,27 @@ class TorchCohort(Cohort):
                 )
         self._network.write(shared)
 
-    def _passes(self) -> list[np.ndarray]:
-        """One pass over all training data in order: index arrays ``[K, batch_size]``."""
-        size = self._trainer.local.batch_size
-        steps = max(-(-len(c.train) // size) for c in self._data)
-        plan = np.full((len(self._data), steps * size), -1, dtype=np.int64)
-        for k, client in enumerate(self._data):
-            plan[k, : len(client.train)] = client.train
-        return [plan[:, s * size : (s + 1) * size] for s in range(steps)]
+    @property
+    def _device(self) -> torch.device:
+        return self._trainer.gradients.device
+
+    def _passes(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """One pass over all training data: which clients, and their examples ``[C, batch_size]``.
+
+        As many clients at a time as are in flight in training.
+        """
+        size = self._trainer.gradients.local.batch_size
+        for first in range(0, len(self._data), self._trainer.width):
+            part = slice(first, min(first + self._trainer.width, len(self._data)))
+            own = [client.train for client in self._data[part]]
+            steps = max(-(-len(train) // size) for train in own)
+            plan = np.full((len(own), steps * size), -1, dtype=np.int64)
+            for k, train in enumerate(own):
+                plan[k, : len(train)] = train
+            for s in range(steps):
+                yield part, plan[:, s * size : (s + 1) * size]
 
     def _sums(self, params: Tree, index: np.ndarray) -> tuple[Tensor, Tensor]:
-        trainer = self._trainer
-        batch = trainer.examples.batch(torch.from_numpy(index)).to(trainer.device)
-        return client_sums(trainer.task, trainer.lane.logits(params, batch), batch)
+        gradients = self._trainer.gradients
+        batch = gradients.examples.batch(torch.from_numpy(index)).to(gradients.device)
+        return client_sums(gradients.task, gradients.lane.logits(params, batch), batch)

@@ -1,6 +1,7 @@
-"""CohortFederation: all clients in this process, trained in chunks on one frozen base.
+"""CohortFederation: all clients in this process, on one frozen base.
 
-With ``chunk=1`` and the loop lane it is the plain sequential engine.
+A round's clients come to the strategy in cohorts, of which ``chunk`` clients at a time are in
+flight. With ``chunk=1`` and the loop lane it is the plain sequential engine.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import torch
 from torch import Tensor
 
 from fedpeft import streams
+from fedpeft.cohort.chunk import COHORT
 from fedpeft.cohort.clients import Memory, RoundInfo, TorchCohort
-from fedpeft.cohort.lanes import Lane
+from fedpeft.cohort.gradient import Gradients
+from fedpeft.cohort.lanes import Lane, LoopLane
 from fedpeft.config import Local, Rounds
 from fedpeft.data.clients import ClientData, Population
 from fedpeft.data.examples import Examples
 from fedpeft.evaluate import score_clients
 from fedpeft.federation import Failure
-from fedpeft.local import Progress, Trainer, steps_of
+from fedpeft.local import Progress, Trainer
 from fedpeft.metrics import Score
 from fedpeft.model import Network, set_mode
 from fedpeft.strategy import Messages, Strategy
@@ -43,9 +46,12 @@ class Settings:
 
 
 class CohortFederation:
-    """Trains a round's clients in chunks of ``chunk``; see ``fedpeft.federation.Federation``.
+    """Trains ``chunk`` clients at once; see ``fedpeft.federation.Federation``.
 
-    on_chunk: called after each chunk with (clients done in it, tokens trained in it).
+    on_chunk: called as clients are done with (how many, tokens that they trained on).
+
+    When the device's memory runs out, half as many clients go on being in flight, and the cohort
+    under way is trained again: nothing is lost.
     """
 
     def __init__(
@@ -66,20 +72,32 @@ class CohortFederation:
         self._chunk = chunk
         self._on_chunk = on_chunk
         self._memory: Memory = {}
-        self._trainer = Trainer(
-            lane, population.task, population.examples, settings.local, network.device
-        )
+        self._one_by_one = isinstance(lane, LoopLane)
+        self._waiting: set[str] = set()
+        task, examples = population.task, population.examples
+        self._gradients = Gradients(lane, task, examples, settings.local, network.device)
 
     def clients(self) -> Mapping[str, int]:
         """Client -> number of training examples, sorted by name."""
         return {name: len(self._data[name].train) for name in sorted(self._data)}
 
     def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure]:
-        """Trains the clients chunk by chunk; a stack of replies, or a failure, as each is done."""
-        for chunk in messages.split(self._chunk):
-            yield from self._isolated(round, chunk, self._train)
-            if self._on_chunk is not None:
-                self._on_chunk(len(chunk), sum(self.tokens(name) for name in chunk.clients))
+        """Trains the clients cohort by cohort; yields a stack of replies, or a failure, of each."""
+        first = 0
+        while first < len(messages):
+            size = 1 if self._one_by_one else COHORT * self._chunk
+            cohort = messages.rows(range(first, min(first + size, len(messages))))
+            self._waiting = set(cohort.clients)
+            yield from self._isolated(round, cohort, self._train)
+            self._done(list(self._waiting))
+            first += len(cohort)
+
+    def _done(self, names: Sequence[str]) -> None:
+        """Reports clients of the cohort under way, each once."""
+        new = [name for name in names if name in self._waiting]
+        self._waiting.difference_update(new)
+        if new and self._on_chunk is not None:
+            self._on_chunk(len(new), sum(self.tokens(name) for name in new))
 
     def evaluate(self, round: int, messages: Messages) -> Iterator[dict[str, Score] | Failure]:
         """Scores on the clients' own hold-outs, chunk by chunk."""
@@ -106,7 +124,7 @@ class CohortFederation:
             held = [self._data[name].holdout for name in part]
             stacked = broadcast(adapter, len(part))
             scores = score_clients(
-                self._network, self._trainer.lane, stacked, held, self._population.examples
+                self._network, self._gradients.lane, stacked, held, self._population.examples
             )
             found.update(zip(part, scores, strict=True))
         return found
@@ -119,43 +137,53 @@ class CohortFederation:
         """Puts back what ``memory`` gave."""
         self._memory = {client: dict(kept) for client, kept in memory.items()}
 
-    def _isolated(self, round: int, chunk: Messages, work: Work) -> Iterator[Any]:
-        """Runs ``work`` on a chunk; if it fails, on each client alone.
+    def _isolated(self, round: int, cohort: Messages, work: Work) -> Iterator[Any]:
+        """Runs ``work`` on a cohort; if it fails, on each half of it, down to single clients.
 
-        So one faulty client costs only itself.
+        So one faulty client costs only itself. If memory ran out, the halves go with half as many
+        clients in flight.
         """
         try:
-            yield self._on_cohort(round, chunk, work)
-            return
+            found = self._on_cohort(round, cohort, work)
         except Exception as error:
-            if len(chunk) == 1:
-                log.warning("client %s failed in round %d", chunk.clients[0], round, exc_info=error)
-                yield Failure(chunk.clients[0], f"{type(error).__name__}: {error}")
-                return
-        for k in range(len(chunk)):
-            yield from self._isolated(round, chunk.rows([k]), work)
+            if out_of_memory(error):
+                self._halve()
+            name, reason = cohort.clients[0], f"{type(error).__name__}: {error}"
+            if len(cohort) == 1:
+                log.warning("client %s failed in round %d", name, round, exc_info=error)
+        else:
+            yield found
+            return
+        if len(cohort) == 1:
+            yield Failure(name, reason)
+            return
+        for half in cohort.split(-(-len(cohort) // 2)):  # the failed pass's tensors are gone here
+            yield from self._isolated(round, half, work)
 
-    def _on_cohort(self, round: int, chunk: Messages, work: Work) -> Any:
-        """``work`` on the chunk's cohort, rows in order of steps, most first, and back again."""
-        data = [self._data[name] for name in chunk.clients]
-        steps = [steps_of(len(c.train), self._settings.local) for c in data]
-        order = sorted(range(len(data)), key=lambda k: -steps[k])
-        own = [data[k] for k in order]
+    def _halve(self) -> None:
+        """Lowers the number of clients in flight, for the rest of the run."""
+        before, self._chunk = self._chunk, max(1, self._chunk // 2)
+        log.warning(
+            "out of memory with %d clients in flight: going on with %d", before, self._chunk
+        )
+        if self._network.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _on_cohort(self, round: int, messages: Messages, work: Work) -> Any:
+        """``work`` on the cohort of ``messages``; its private memory is kept when all went well."""
+        own = [self._data[name] for name in messages.clients]
         memory = {c.name: dict(self._memory.get(c.name, {})) for c in own}
         progress = Progress(round, self._settings.rounds.count)
         info = RoundInfo(progress, self._settings.seed)
-        weights = self._weights(own)
-        cohort = TorchCohort(self._network, self._trainer, own, info, weights, memory)
+        trainer = Trainer(self._gradients, self._chunk, lambda k: self._done([messages.clients[k]]))
+        cohort = TorchCohort(self._network, trainer, own, info, self._weights(own), memory)
         with torch.random.fork_rng():
             torch.manual_seed(
-                streams.derive(self._settings.seed, "dropout", round, chunk.clients[0])
+                streams.derive(self._settings.seed, "dropout", round, messages.clients[0])
             )
-            found = work(chunk.rows(order).to(self._network.device), cohort)
+            found = work(messages.to(self._network.device), cohort)
         self._memory.update({name: kept for name, kept in memory.items() if kept})
-        if not isinstance(found, Messages):
-            return {name: found[name] for name in chunk.clients}
-        back = sorted(range(len(order)), key=lambda i: order[i])
-        return found.rows(back)
+        return found
 
     def _train(self, messages: Messages, cohort: TorchCohort) -> Messages:
         set_mode(self._network.model, True, self._settings.local.base_dropout)
@@ -173,7 +201,7 @@ class CohortFederation:
         examples: Examples,
     ) -> dict[str, Score]:
         adapters = self._strategy.personal(messages, cohort)
-        scores = score_clients(self._network, self._trainer.lane, adapters, index, examples)
+        scores = score_clients(self._network, self._gradients.lane, adapters, index, examples)
         return dict(zip(cohort.clients, scores, strict=True))
 
     def _weights(self, data: list[ClientData]) -> Tensor:
@@ -189,6 +217,12 @@ class CohortFederation:
         else:
             seen = local.epochs * len(data.train)
         return int(per_example * seen)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the device, or the machine, has no memory left."""
+    refused = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return refused or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def client_weights(examples: list[int], rounds: Rounds) -> Tensor:

@@ -13,26 +13,43 @@ trainable tensor has the value that the model holds (``Network.write``), the sam
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedpeft.cohort.fold import fold, owners
+from fedpeft.config import Engine
 from fedpeft.data.examples import Batch
+from fedpeft.errors import FedpeftError
 from fedpeft.tree import Tree
+
+Compiled = Literal["none", "default", "graphs"]
+"""``engine.compile``."""
+
+NOTHING: tuple[Tree, int] = ({}, 1)
+"""No batch is under way."""
+
+Function = TypeVar("Function", bound=Callable[..., Tensor])
 
 
 class Lane(ABC):
     """Runs ``model`` for the clients of a batch."""
 
     name: str
+    fixed: bool = False
+    """Whether it wants batches in few fixed shapes (a compiled lane)."""
+    blocks: int = 0
+    """How many blocks of the base recompute their activations in the backward pass."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -82,44 +99,129 @@ class VmapLane(Lane):
         return logits.flatten(0, 1)
 
 
+class _Owner:
+    """A module that owns trainable tensors, and its forward while a batch is under way."""
+
+    def __init__(self, lane: FoldLane, prefix: str, module: nn.Module) -> None:
+        self.module = module
+        self._lane = lane
+        self._names = {f"{prefix}.{local}": local for local, _ in module.named_parameters()}
+
+    def differs(self, stacked: Tree) -> bool:
+        """Whether the clients have tensors of their own here."""
+        return any(name in stacked for name in self._names)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The module's output for all clients of the batch, ``[K*b, ...]``."""
+        stacked, clients = self._lane.under_way
+        own = {local: stacked[name] for name, local in self._names.items() if name in stacked}
+        return fold(self.module, own, clients)(x)
+
+
 class FoldLane(Lane):
     """One batch through the base; folding inside the modules that own trainable tensors.
 
-    Raises ValueError when a trainable tensor lies outside every tuner layer and saved module.
+    Their folding forwards lie on the module instances while a batch is under way. checkpointing:
+    keep no activations inside the base's blocks, recompute them in the backward pass. compiled:
+    run the model through ``torch.compile`` in this mode.
+
+    Raises ValueError when a trainable tensor lies outside every tuner layer and saved module, and
+    when the base has no blocks to checkpoint.
     """
 
     name = "fold"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, checkpointing: bool = False, compiled: Compiled = "none"
+    ) -> None:
         super().__init__(model)
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise ValueError("prompt learning: virtual tokens are made outside the layers")
-        self._owners = owners(model)
+        self.fixed = compiled != "none"
+        self.under_way = NOTHING
+        self._owners = [_Owner(self, prefix, module) for prefix, module in owners(model).items()]
+        self.blocks = self._checkpoint() if checkpointing else 0
+        self._run = compile_function(self._plain, compiled)
 
     def logits(self, stacked: Tree, batch: Batch) -> Tensor:
-        with self._folded(stacked, batch.clients):
-            output = self.model(**_inputs(batch.tokens, batch.mask))
-        logits = output.logits
+        with self._folding((stacked, batch.clients)):
+            found: Tensor = self._run(stacked, batch.tokens, batch.mask, batch.clients)
+        return found
+
+    def _plain(self, stacked: Tree, tokens: Tensor, mask: Tensor | None, clients: int) -> Tensor:
+        self.under_way = (stacked, clients)  # here too: a compiled function sees its arguments
+        logits = self.model(input_ids=tokens, attention_mask=mask).logits
         assert isinstance(logits, Tensor)
         return logits
 
     @contextmanager
-    def _folded(self, stacked: Tree, clients: int) -> Iterator[None]:
-        patched = []
+    def _folding(self, under_way: tuple[Tree, int]) -> Iterator[None]:
+        self.under_way = under_way
+        own = [owner for owner in self._owners if owner.differs(under_way[0])]
+        for owner in own:
+            owner.module.forward = owner.forward
         try:
-            for prefix, module in self._owners.items():
-                own = {
-                    local: stacked[f"{prefix}.{local}"]
-                    for local, p in module.named_parameters()
-                    if f"{prefix}.{local}" in stacked
-                }
-                if own:
-                    module.forward = fold(module, own, clients)
-                    patched.append(module)
             yield
         finally:
-            for module in patched:
-                del module.forward
+            self.under_way = NOTHING
+            for owner in own:
+                del owner.module.forward
+
+    def _checkpoint(self) -> int:
+        """Turns on transformers' activation checkpointing for every block of the base: how many.
+
+        A block that is recomputed in the backward pass finds the tensors of its forward pass.
+        """
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), self._folding(self.under_way)
+
+        blocks: list[Any] = [
+            m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)
+        ]
+        if not blocks:
+            raise ValueError("activation checkpointing: the base has no blocks that support it")
+        for block in blocks:
+            block.gradient_checkpointing = True
+            block._gradient_checkpointing_func = partial(
+                checkpoint, use_reentrant=False, context_fn=contexts
+            )
+        return len(blocks)
+
+
+def speed_up(lane: Lane, engine: Engine) -> Lane:
+    """The lane with ``engine.compile`` and ``engine.checkpointing``, which ``fold`` alone can do.
+
+    Raises FedpeftError for another lane, and for a base that cannot.
+    """
+    if engine.compile == "none" and not engine.checkpointing:
+        return lane
+    if engine.compile != "none" and engine.checkpointing:
+        raise FedpeftError(
+            f"engine.compile={engine.compile} with engine.checkpointing: a compiled step decides "
+            f"itself what to recompute. Set one of the two."
+        )
+    if not isinstance(lane, FoldLane):
+        raise FedpeftError(
+            f"engine.compile and engine.checkpointing work in the lane 'fold', and this run has "
+            f"the lane {lane.name!r} (the log says why): use engine.kind=cohort, another adapter, "
+            f"or leave the two settings out."
+        )
+    try:
+        return FoldLane(lane.model, engine.checkpointing, engine.compile)
+    except ValueError as error:
+        raise FedpeftError(f"engine.checkpointing=true: {error}; leave it out.") from error
+
+
+def compile_function(function: Function, mode: Compiled) -> Function:
+    """``function`` through ``torch.compile``; ``graphs``: replayed as CUDA graphs.
+
+    Every shape is compiled for itself, which lanes that are ``fixed`` keep few.
+    """
+    if mode == "none":
+        return function
+    chosen = "reduce-overhead" if mode == "graphs" else "default"
+    return cast(Function, torch.compile(function, dynamic=False, mode=chosen))
 
 
 def _inputs(tokens: Tensor, mask: Tensor | None) -> dict[str, Any]:

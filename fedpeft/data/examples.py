@@ -44,6 +44,11 @@ class Batch:
             self.clients,
         )
 
+    def pin(self) -> Batch:
+        """The batch in page-locked memory, from which ``to`` copies without waiting."""
+        mask = None if self.mask is None else self.mask.pin_memory()
+        return Batch(self.tokens.pin_memory(), mask, self.labels.pin_memory(), self.clients)
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -67,13 +72,16 @@ class Examples:
         """Tokens per example, int64 ``[N]``."""
         return self.starts[1:] - self.starts[:-1]
 
-    def batch(self, index: Tensor) -> Batch:
-        """The batch of examples ``index``, int64 ``[K, b]``; -1 marks an absent row."""
+    def batch(self, index: Tensor, at_least: int = 0) -> Batch:
+        """The batch of examples ``index``, int64 ``[K, b]``; -1 marks an absent row.
+
+        Rows are padded to the longest, and to ``at_least`` tokens.
+        """
         clients, flat = index.shape[0], index.reshape(-1)
         absent = flat < 0
         at = flat.clamp(min=0)
         length = self.lengths[at].masked_fill(absent, 1)
-        position = torch.arange(int(length.max()) if len(length) else 0)
+        position = torch.arange(max(at_least, int(length.max()) if len(length) else 0))
         real = position < length[:, None]  # [K*b, T]
         where = (self.starts[at][:, None] + position).clamp(max=len(self.tokens) - 1)
         tokens = torch.where(real, self.tokens[where].long(), self.pad)

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from fedpeft import tree
 from fedpeft.cohort.clients import RoundInfo, TorchCohort
+from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.lanes import FoldLane
 from fedpeft.local import Progress, Trainer
 from fedpeft.tree import Tree
@@ -19,7 +20,8 @@ SIZES = (9, 5, 2)
 
 def cohort() -> TorchCohort:
     net, population = tiny_network(LORA), tiny_population(SIZES)
-    at = Trainer(FoldLane(net.model), "classification", population.examples, LOCAL, net.device)
+    lane = FoldLane(net.model)
+    at = Trainer(Gradients(lane, net.task, population.examples, LOCAL, net.device), width=2)
     info = RoundInfo(Progress(1, 1), 0)
     weights = torch.tensor(SIZES, dtype=torch.float64)
     return TorchCohort(net, at, population.clients, info, weights, {})

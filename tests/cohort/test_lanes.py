@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from fedpeft.cohort.choose import choose_lane
-from fedpeft.cohort.lanes import FoldLane, Lane, LoopLane, VmapLane
+from fedpeft.cohort.lanes import FoldLane, Lane, LoopLane, VmapLane, speed_up
+from fedpeft.config import Engine
 from fedpeft.data.clients import Task
 from fedpeft.data.examples import Batch, Examples, flatten
+from fedpeft.errors import FedpeftError
 from fedpeft.metrics import client_sums
-from fedpeft.model import Network, attach, build_network
+from fedpeft.model import Network, attach, build_network, set_mode
 from fedpeft.tree import Tree
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -29,6 +31,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "prefix": {"kind": "prefix_tuning", "num_virtual_tokens": 3},
 }
 PROMPTS = ("prompt", "prefix")
+DROPOUT = {"lora dropout": {"kind": "lora", "r": 4, "lora_dropout": 0.3}}
 
 
 def base(task: Task, attention: str) -> nn.Module:
@@ -50,7 +53,7 @@ def base(task: Task, attention: str) -> nn.Module:
 
 
 def network(task: Task, adapter: str, attention: str = "sdpa") -> Network:
-    model = attach(base(task, attention), ADAPTERS[adapter], task, 0)
+    model = attach(base(task, attention), (ADAPTERS | DROPOUT)[adapter], task, 0)
     return build_network(model, task, 5, torch.device("cpu"))
 
 
@@ -187,3 +190,66 @@ def test_a_lane_that_is_silently_wrong_is_passed_over(
     with caplog.at_level(logging.INFO, logger="fedpeft"):
         assert choose_lane(net, examples("classification")).name == "vmap"
     assert "fold passed over: gradients differ" in caplog.text
+
+
+def training_step(net: Network, lane: Lane, batch: Batch) -> Tensor:
+    """Gradients in training mode, with a fixed stream for the adapter's dropout."""
+    set_mode(net.model, True, base_dropout=False)
+    torch.manual_seed(5)
+    found = run(net, lane, batch, stacked(net))[1]
+    set_mode(net.model, False, base_dropout=False)
+    return found
+
+
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+@pytest.mark.parametrize("adapter", ["lora dropout", "ia3"])
+def test_checkpointing_changes_no_gradient_and_keeps_less(task: Task, adapter: str) -> None:
+    net, batch = network(task, adapter), padded(task)
+    kept: list[int] = []
+
+    def measured(lane: Lane) -> Tensor:
+        count = 0
+
+        def pack(value: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            found = training_step(net, lane, batch)
+        kept.append(count)
+        return found
+
+    plain = measured(FoldLane(net.model))
+    lane = FoldLane(net.model, checkpointing=True)
+    assert lane.blocks == 2
+    assert gap(measured(lane), plain) < 1e-6
+    assert kept[1] < kept[0] / 2
+    assert not any("forward" in vars(module) for module in net.model.modules())
+
+
+def test_what_only_the_fold_can_do_is_refused_elsewhere() -> None:
+    net = network("classification", "prompt")
+    lane = VmapLane(net.model)
+    assert speed_up(lane, Engine()) is lane
+    for engine in (Engine(compile="default"), Engine(checkpointing=True)):
+        with pytest.raises(FedpeftError, match=r"lane 'fold'.*'vmap'"):
+            speed_up(lane, engine)
+    with pytest.raises(FedpeftError, match="Set one of the two"):
+        speed_up(lane, Engine(compile="default", checkpointing=True))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("adapter", ["lora", "ia3"])
+def test_the_compiled_fold_equals_the_loop(adapter: str) -> None:
+    net, batch = network("classification", adapter), padded("classification")
+    values = stacked(net)
+    logits, grads = run(net, LoopLane(net.model), batch, values)
+    lane = speed_up(FoldLane(net.model), Engine(compile="default"))
+    assert lane.fixed
+    found_logits, found_grads = run(net, lane, batch, values)
+    assert gap(found_logits, logits) < 1e-5 and gap(found_grads, grads) < 1e-5
+    again = run(net, lane, batch, {n: 2 * v for n, v in values.items()})[1]  # not a constant
+    wanted = run(net, LoopLane(net.model), batch, {n: 2 * v for n, v in values.items()})[1]
+    assert gap(again, wanted) < 1e-5

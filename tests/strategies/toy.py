@@ -7,7 +7,7 @@ number of steps per client; the gradient is written by hand, for torch and numpy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,7 +111,14 @@ class ToyCohort(Cohort):
         assert all(t.shape[0] == len(self.clients) for t in stacked.values())
         return [{**shared, **tree.row(stacked, k)} for k in range(len(self.clients))]
 
-    def fit(self, start: Tree, *, fixed: Tree | None = None, adjust: Adjust | None = None) -> Fit:
+    def fit(
+        self,
+        start: Tree,
+        *,
+        fixed: Tree | None = None,
+        adjust: Adjust | None = None,
+        own: Mapping[str, Tree] | None = None,
+    ) -> Fit:
         toy, now = self._toy, {name: t.clone() for name, t in start.items()}
         steps = torch.tensor([toy.steps[c] for c in self.clients])
         loss = torch.zeros(len(self.clients), dtype=torch.float64)
@@ -119,13 +126,24 @@ class ToyCohort(Cohort):
             loss += torch.where(step < steps, self.losses(now, fixed=fixed), 0.0)
             gradient = self.gradients(now, fixed=fixed)
             if adjust is not None:
-                gradient = adjust(gradient, {name: t.clone() for name, t in now.items()})
+                gradient = self._adjusted(adjust, gradient, now, own or {})
             for name, value in now.items():
                 move = torch.where((step < steps).view(-1, *[1] * (value.dim() - 1)), 1.0, 0.0)
                 value -= toy.lr * (move * gradient[name]).to(value.dtype)
         for k, whole in enumerate(self._whole(now, fixed)):
             toy.trained[self.clients[k]] = {n: t.clone() for n, t in whole.items()}
         return Fit(now, loss / steps, steps)
+
+    def _adjusted(self, adjust: Adjust, gradient: Tree, now: Tree, own: Mapping[str, Tree]) -> Tree:
+        """``adjust`` on two clients at a time, in reverse: rows in flight are not the cohort's."""
+        found = {name: torch.full_like(g, torch.nan) for name, g in gradient.items()}
+        for last in range(len(self.clients), 0, -2):
+            rows = list(range(last - 1, max(last - 3, -1), -1))
+            trees = [tree.rows(t, rows) for t in (gradient, now, *own.values())]
+            changed = adjust(trees[0], trees[1], dict(zip(own, trees[2:], strict=True)))
+            for name, value in changed.items():
+                found[name][rows] = value
+        return found
 
     def gradients(self, at: Tree, *, fixed: Tree | None = None) -> Tree:
         rows = []
