@@ -106,7 +106,9 @@ class Trainer:
         steps = torch.tensor([len(plan) for plan in plans])
         total = torch.zeros(len(plans), device=device)
         rows = _Rows(clients, local)
-        for turn, following in _with_next(turns(plans, self.width, gradients.lane.fixed)):
+        for turn, following in _with_next(
+            turns(plans, self.width, gradients.lane.compiled != "none")
+        ):
             rows.seat(turn, own or {})
             if following is not None:
                 gradients.loader.ahead(following.index)

@@ -87,6 +87,32 @@ def broadcast(tree: Tree, clients: int) -> Tree:
     return {name: t.unsqueeze(0).expand(clients, *t.shape) for name, t in tree.items()}
 
 
+def pad(tree: Tree, like: Tree) -> Tree:
+    """The tree with zeros appended up to the shapes of ``like``, so that unequal ranks stack.
+
+    For LoRA of rank q < r this is exact: with rows q.. of A and columns q.. of B zero, both get
+    zero gradients, and stay zero under SGD and AdamW, with the factor s of rank r. Raises
+    ValueError where names or numbers of dimensions differ, or a tensor is larger.
+    """
+    if tree.keys() != like.keys():
+        check_same(tree, like)
+    found = {}
+    for name, tensor in tree.items():
+        shape, size = tuple(tensor.shape), tuple(like[name].shape)
+        if len(shape) != len(size) or any(a > b for a, b in zip(shape, size, strict=True)):
+            raise ValueError(f"{name!r} of shape {shape} cannot be padded to {size}")
+        found[name] = tensor.new_zeros(size)
+        found[name][tuple(slice(n) for n in shape)] = tensor
+    return found
+
+
+def crop(tree: Tree, like: Tree) -> Tree:
+    """The leading part of every tensor in the shapes of ``like``: what ``pad`` added is cut off."""
+    return {
+        name: tensor[tuple(slice(n) for n in like[name].shape)] for name, tensor in tree.items()
+    }
+
+
 def row(stacked: Tree, k: int) -> Tree:
     """Client ``k``'s tree, as views."""
     return {name: t[k] for name, t in stacked.items()}

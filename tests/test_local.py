@@ -273,3 +273,22 @@ def test_short_rows_are_not_padded_to_the_longest() -> None:
     assert [sorted(r[r >= 0].tolist()) for r in rows] == [[0, 1, 2, 3], [5, 6, 7]]
     in_order = [lengths[r[r >= 0]].tolist() for r in rows]
     assert all(own == sorted(own) for own in in_order)
+
+
+@pytest.mark.parametrize("name", ["sgd momentum decay", "adamw"])
+def test_a_smaller_rank_padded_with_zeros_trains_as_if_alone(name: str) -> None:
+    """Rank 2 in a network of rank 4; alpha chosen so that both have the same factor s."""
+    small = {**LORA, "r": 2, "lora_alpha": 4}
+    large = {**LORA, "r": 4, "lora_alpha": 8}
+    net, local = tiny_network(large), LOCALS[name]
+    own = tree.row(start(small, len(SIZES)), 1)
+    begin = start(large, len(SIZES))
+    for key, value in tree.pad(own, net.initial).items():
+        begin[key][1] = value
+    found = tree.row(trainer(local, large).fit(begin, plans(local), PROGRESS).adapter, 1)
+    alone = {key: value[None] for key, value in own.items()}
+    wanted = trainer(local, small).fit(alone, plans(local)[1:2], PROGRESS).adapter
+    cropped = tree.crop(found, own)
+    assert all(torch.equal(found[n], tree.pad(cropped, net.initial)[n]) for n in found)
+    off = tree.norm(tree.sub(cropped, tree.row(wanted, 0)))
+    assert off <= 1e-5 * tree.norm(own)

@@ -186,3 +186,17 @@ def test_the_mean_of_nothing_is_an_error(weight: float) -> None:
         tree.mean([])
     with pytest.raises(ValueError, match=f"total weight {weight}"):
         tree.mean([(many(1), torch.full((1,), weight))])
+
+
+def test_padding_appends_zeros_and_cropping_takes_them_away() -> None:
+    small = {"a": torch.ones(2, 3), "b": torch.ones(3, 2), "c": torch.ones(4)}
+    large = {"a": torch.ones(5, 3), "b": torch.ones(3, 5), "c": torch.ones(4)}
+    padded = tree.pad(small, large)
+    assert {n: tuple(t.shape) for n, t in padded.items()} == {"a": (5, 3), "b": (3, 5), "c": (4,)}
+    assert padded["a"][:2].all() and not padded["a"][2:].any()
+    assert padded["b"][:, :2].all() and not padded["b"][:, 2:].any()
+    assert same(tree.crop(padded, small), small)
+    with pytest.raises(ValueError, match="'a' of shape"):
+        tree.pad(large, small)
+    with pytest.raises(ValueError, match="differ in names"):
+        tree.pad({"a": small["a"]}, large)

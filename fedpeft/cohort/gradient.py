@@ -6,13 +6,14 @@ so one backward pass per pass of the step gives every client's own gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft.cohort.lanes import Lane
+from fedpeft.cohort.lanes import Compiled, Lane
 from fedpeft.cohort.loader import Loader
 from fedpeft.config import Local
 from fedpeft.data.clients import Task
@@ -40,7 +41,8 @@ class Gradients:
         self.examples = examples
         self.local = local
         self.device = device
-        self.loader = Loader(examples, local, device, fixed=lane.fixed)
+        self.loader = Loader(examples, local, device, fixed=lane.compiled != "none")
+        self._step_losses = compiled(self.losses, lane.compiled)
 
     def step(
         self, matrix: Tensor, layout: Layout, index: np.ndarray, scale: Tensor
@@ -53,11 +55,12 @@ class Gradients:
         step = self.loader.load(index)
         gradient: Tensor | None = None
         losses = torch.zeros(len(matrix), device=self.device)
-        for batch in step.passes:
-            loss = self.losses(layout.unpack(matrix), batch) / step.items
-            [part] = torch.autograd.grad((loss * scale).sum(), matrix)
-            gradient = part if gradient is None else gradient + part
-            losses += loss.detach()
+        with self.lane.installed():
+            for batch in step.passes:
+                loss = self._step_losses(layout.unpack(matrix), batch) / step.items
+                [part] = torch.autograd.grad((loss * scale).sum(), matrix)
+                gradient = part if gradient is None else gradient + part
+                losses += loss.detach()
         assert gradient is not None, "a step has at least one pass"
         return gradient / scale[:, None], losses
 
@@ -66,3 +69,18 @@ class Gradients:
         with autocast(self.local, self.device):
             logits = self.lane.logits(stacked, batch)
         return client_sums(self.task, logits, batch)[0]
+
+
+Losses = Callable[[Tree, Batch], Tensor]
+
+
+def compiled(losses: Losses, mode: Compiled) -> Losses:
+    """``losses`` through ``torch.compile``; ``graphs``: replayed as CUDA graphs.
+
+    Every shape is compiled for itself; a loader with ``fixed`` shapes keeps them few.
+    """
+    if mode == "none":
+        return losses
+    chosen = "reduce-overhead" if mode == "graphs" else "default"
+    found: Losses = torch.compile(losses, dynamic=False, mode=chosen)
+    return found

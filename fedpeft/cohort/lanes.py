@@ -13,10 +13,10 @@ trainable tensor has the value that the model holds (``Network.write``), the sam
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -39,15 +39,13 @@ Compiled = Literal["none", "default", "graphs"]
 NOTHING: tuple[Tree, int] = ({}, 1)
 """No batch is under way."""
 
-Function = TypeVar("Function", bound=Callable[..., Tensor])
-
 
 class Lane(ABC):
     """Runs ``model`` for the clients of a batch."""
 
     name: str
-    fixed: bool = False
-    """Whether it wants batches in few fixed shapes (a compiled lane)."""
+    compiled: Compiled = "none"
+    """How training steps in it are compiled."""
     blocks: int = 0
     """How many blocks of the base recompute their activations in the backward pass."""
 
@@ -57,6 +55,10 @@ class Lane(ABC):
     @abstractmethod
     def logits(self, stacked: Tree, batch: Batch) -> Tensor:
         """Logits of all rows, client-major: ``[K*b, C]`` or ``[K*b, P + T, V]``."""
+
+    def installed(self) -> AbstractContextManager[None]:
+        """Makes the model ready for several calls of ``logits``; compiled ones need it."""
+        return nullcontext()
 
 
 class LoopLane(Lane):
@@ -107,15 +109,15 @@ class _Owner:
         self._lane = lane
         self._names = {f"{prefix}.{local}": local for local, _ in module.named_parameters()}
 
-    def differs(self, stacked: Tree) -> bool:
-        """Whether the clients have tensors of their own here."""
-        return any(name in stacked for name in self._names)
-
     def forward(self, x: Tensor) -> Tensor:
         """The module's output for all clients of the batch, ``[K*b, ...]``."""
         stacked, clients = self._lane.under_way
         own = {local: stacked[name] for name, local in self._names.items() if name in stacked}
-        return fold(self.module, own, clients)(x)
+        if own:
+            return fold(self.module, own, clients)(x)
+        found = type(self.module).forward(self.module, x)
+        assert isinstance(found, Tensor)
+        return found
 
 
 class FoldLane(Lane):
@@ -123,7 +125,7 @@ class FoldLane(Lane):
 
     Their folding forwards lie on the module instances while a batch is under way. checkpointing:
     keep no activations inside the base's blocks, recompute them in the backward pass. compiled:
-    run the model through ``torch.compile`` in this mode.
+    how training steps are to be compiled.
 
     Raises ValueError when a trainable tensor lies outside every tuner layer and saved module, and
     when the base has no blocks to checkpoint.
@@ -137,35 +139,38 @@ class FoldLane(Lane):
         super().__init__(model)
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise ValueError("prompt learning: virtual tokens are made outside the layers")
-        self.fixed = compiled != "none"
+        self.compiled = compiled
         self.under_way = NOTHING
         self._owners = [_Owner(self, prefix, module) for prefix, module in owners(model).items()]
         self.blocks = self._checkpoint() if checkpointing else 0
-        self._run = compile_function(self._plain, compiled)
+        self._installed = False
 
     def logits(self, stacked: Tree, batch: Batch) -> Tensor:
-        with self._folding((stacked, batch.clients)):
-            found: Tensor = self._run(stacked, batch.tokens, batch.mask, batch.clients)
-        return found
-
-    def _plain(self, stacked: Tree, tokens: Tensor, mask: Tensor | None, clients: int) -> Tensor:
-        self.under_way = (stacked, clients)  # here too: a compiled function sees its arguments
-        logits = self.model(input_ids=tokens, attention_mask=mask).logits
+        if not self._installed:
+            with self.installed():
+                return self.logits(stacked, batch)
+        self.under_way = (stacked, batch.clients)
+        logits = self.model(input_ids=batch.tokens, attention_mask=batch.mask).logits
         assert isinstance(logits, Tensor)
         return logits
 
     @contextmanager
-    def _folding(self, under_way: tuple[Tree, int]) -> Iterator[None]:
-        self.under_way = under_way
-        own = [owner for owner in self._owners if owner.differs(under_way[0])]
-        for owner in own:
+    def installed(self) -> Iterator[None]:
+        self._installed = True
+        for owner in self._owners:
             owner.module.forward = owner.forward
         try:
             yield
         finally:
-            self.under_way = NOTHING
-            for owner in own:
+            self._installed, self.under_way = False, NOTHING
+            for owner in self._owners:
                 del owner.module.forward
+
+    @contextmanager
+    def _again(self, under_way: tuple[Tree, int]) -> Iterator[None]:
+        with self.installed():
+            self.under_way = under_way
+            yield
 
     def _checkpoint(self) -> int:
         """Turns on transformers' activation checkpointing for every block of the base: how many.
@@ -174,7 +179,7 @@ class FoldLane(Lane):
         """
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), self._folding(self.under_way)
+            return nullcontext(), self._again(self.under_way)
 
         blocks: list[Any] = [
             m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)
@@ -211,17 +216,6 @@ def speed_up(lane: Lane, engine: Engine) -> Lane:
         return FoldLane(lane.model, engine.checkpointing, engine.compile)
     except ValueError as error:
         raise FedpeftError(f"engine.checkpointing=true: {error}; leave it out.") from error
-
-
-def compile_function(function: Function, mode: Compiled) -> Function:
-    """``function`` through ``torch.compile``; ``graphs``: replayed as CUDA graphs.
-
-    Every shape is compiled for itself, which lanes that are ``fixed`` keep few.
-    """
-    if mode == "none":
-        return function
-    chosen = "reduce-overhead" if mode == "graphs" else "default"
-    return cast(Function, torch.compile(function, dynamic=False, mode=chosen))
 
 
 def _inputs(tokens: Tensor, mask: Tensor | None) -> dict[str, Any]:
