@@ -134,7 +134,7 @@ def prepare(recipe: Recipe) -> Prepared:
     network = prepare_network(recipe, population, device)
     looped = recipe.engine.kind == "sequential"
     lane = LoopLane(network.model) if looped else choose_lane(network, population.examples)
-    lane = speed_up(lane, recipe.engine)
+    lane = speed_up(lane, recipe.engine, recipe.local.precision)
     return Prepared(recipe, strategy, population, network, lane, tokenizer)
 
 

@@ -55,7 +55,7 @@ def owners(model: nn.Module) -> dict[str, nn.Module]:
 
 def fold(module: nn.Module, own: Tree, clients: int) -> Forward:
     """The forward of ``module`` for ``clients`` clients; input and output ``[K*b, ...]``."""
-    if _is_plain_lora(module):
+    if is_plain_lora(module):
         assert isinstance(module, LoraLinear)
         return _lora_forward(module, own, clients)
     if isinstance(module, ModulesToSaveWrapper):
@@ -66,7 +66,8 @@ def fold(module: nn.Module, own: Tree, clients: int) -> Forward:
     return _vmap_forward(module, own, clients)
 
 
-def _is_plain_lora(module: nn.Module) -> bool:
+def is_plain_lora(module: nn.Module) -> bool:
+    """Whether a module is LoRA on a linear layer without any variant: W x + s B A x."""
     return (
         type(module) is LoraLinear
         and module.active_adapters == ["default"]

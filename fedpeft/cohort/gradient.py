@@ -7,7 +7,6 @@ so one backward pass per pass of the step gives every client's own gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -20,14 +19,6 @@ from fedpeft.data.clients import Task
 from fedpeft.data.examples import Batch, Examples
 from fedpeft.metrics import client_sums
 from fedpeft.tree import Layout, Tree
-
-
-def autocast(local: Local, device: torch.device) -> AbstractContextManager[object]:
-    """The forward pass's precision; adapters stay float32."""
-    if local.precision == "fp32":
-        return nullcontext()
-    kind = torch.bfloat16 if local.precision == "bf16" else torch.float16
-    return torch.autocast(device.type, dtype=kind)
 
 
 class Gradients:
@@ -66,9 +57,7 @@ class Gradients:
 
     def losses(self, stacked: Tree, batch: Batch) -> Tensor:
         """Summed loss of each client's rows of a batch, ``[C]``, differentiable."""
-        with autocast(self.local, self.device):
-            logits = self.lane.logits(stacked, batch)
-        return client_sums(self.task, logits, batch)[0]
+        return client_sums(self.task, self.lane.logits(stacked, batch), batch)[0]
 
 
 Losses = Callable[[Tree, Batch], Tensor]

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from fedpeft.cohort.choose import choose_lane
 from fedpeft.cohort.gradient import Gradients
-from fedpeft.cohort.lanes import FoldLane, Lane, LoopLane, VmapLane, speed_up
+from fedpeft.cohort.lanes import FoldLane, Lane, LoopLane, VmapLane, lower, speed_up
 from fedpeft.config import Engine, Local
 from fedpeft.data.clients import Task
 from fedpeft.data.examples import Batch, Examples, flatten
@@ -233,12 +234,12 @@ def test_checkpointing_changes_no_gradient_and_keeps_less(task: Task, adapter: s
 def test_what_only_the_fold_can_do_is_refused_elsewhere() -> None:
     net = network("classification", "prompt")
     lane = VmapLane(net.model)
-    assert speed_up(lane, Engine()) is lane
+    assert speed_up(lane, Engine(), "fp32") is lane
     for engine in (Engine(compile="default"), Engine(checkpointing=True)):
         with pytest.raises(FedpeftError, match=r"lane 'fold'.*'vmap'"):
-            speed_up(lane, engine)
+            speed_up(lane, engine, "fp32")
     with pytest.raises(FedpeftError, match="Set one of the two"):
-        speed_up(lane, Engine(compile="default", checkpointing=True))
+        speed_up(lane, Engine(compile="default", checkpointing=True), "fp32")
 
 
 @pytest.mark.slow
@@ -254,7 +255,8 @@ def test_the_compiled_fold_equals_the_loop(adapter: str) -> None:
     values = stacked(net)
     layout, local = Layout.of(net.initial), Local(batch_size=4)
     found = []
-    for lane in (LoopLane(net.model), speed_up(FoldLane(net.model), Engine(compile="default"))):
+    fast = speed_up(FoldLane(net.model), Engine(compile="default"), "fp32")
+    for lane in (LoopLane(net.model), fast):
         at = Gradients(lane, net.task, some, local, net.device)
         for factor in (1.0, 2.0):  # the adapter is no constant of the compiled step
             matrix = (factor * layout.pack(values)).requires_grad_()
@@ -263,3 +265,42 @@ def test_the_compiled_fold_equals_the_loop(adapter: str) -> None:
         (wanted, loss), (gradient, found_loss) = found[k], found[k + 2]
         assert gap(gradient, wanted) < 1e-5 and gap(found_loss, loss) < 1e-5
         assert not gradient[2].any()
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "vera", "ia3", "prompt"])
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_holding_weights_in_16_bits_gives_autocasts_numbers(task: Task, adapter: str) -> None:
+    """Autocast casts them in every pass to the same values; the batched lanes agree with it."""
+    plain, held, batch = network(task, adapter), network(task, adapter), padded(task)
+    values = stacked(plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        wanted = LoopLane(plain.model).run(values, batch)
+    loop = speed_up(LoopLane(held.model), Engine(), "bf16")
+    dtypes = {m.weight.dtype for m in held.model.modules() if type(m) is nn.Linear}
+    assert torch.bfloat16 in dtypes
+    assert {v.dtype for v in held.initial.values()} == {torch.float32}
+    assert torch.equal(loop.logits(values, batch), wanted)
+    kind = VmapLane if adapter in PROMPTS else FoldLane
+    batched = speed_up(kind(held.model), Engine(), "bf16")
+    assert gap(batched.logits(values, batch).float(), wanted.float()) < 2e-2
+
+
+def test_weights_that_an_embedding_shares_or_an_adapter_reads_stay_in_float32() -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            vocab_size=101,
+            tie_word_embeddings=True,
+        )
+    ).requires_grad_(False)
+    settings = {"kind": "lora", "r": 2, "use_dora": True, "target_modules": ["q_proj"]}
+    wrapped = attach(model, settings, "causal_lm", 0)
+    lower(wrapped, torch.bfloat16)
+    layer = model.model.layers[0]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.dtype == layer.self_attn.q_proj.base_layer.weight.dtype
+    assert model.lm_head.weight.dtype == torch.float32
+    assert layer.mlp.up_proj.weight.dtype == torch.bfloat16
