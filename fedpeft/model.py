@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fedpeft import streams, tree
+from fedpeft import quantize, streams, tree
 from fedpeft.config import Model
 from fedpeft.data.clients import Task
 from fedpeft.errors import FedpeftError, suggest
@@ -105,12 +105,23 @@ def _auto_class(task: Task, pooling: str) -> Any:
     return AutoModel if pooling == "mean" else transformers.AutoModelForSequenceClassification
 
 
-def load_base(model: Model, task: Task, classes: int, pad: int, seed: int) -> nn.Module:
+def load_base(
+    model: Model,
+    task: Task,
+    classes: int,
+    pad: int,
+    seed: int,
+    device: torch.device | None = None,
+) -> nn.Module:
     """The base model in float32 and eval mode; a new head is initialised from the seed.
 
     classes: labels of a classifier (ignored for language modelling). pad: the padding token, which
-    decoders need to find the end of a text.
+    decoders need to find the end of a text. device: where ``model.quantize`` puts the model
+    (default: the CPU); its linear layers are quantised, the rest is float32.
     """
+    place = device or torch.device("cpu")
+    if model.quantize != "none":
+        quantize.check(model, place)
     path, auto = model_path(model, task), _auto_class(task, model.pooling)
     head = {"num_labels": classes} if task == "classification" and model.pooling != "mean" else {}
     revision = model.revision or "main"
@@ -131,6 +142,7 @@ def load_base(model: Model, task: Task, classes: int, pad: int, seed: int) -> nn
                     dtype=torch.float32,
                     use_safetensors=True,
                     trust_remote_code=False,
+                    **quantize.load_arguments(model, auto, config, place),
                 )
         except (OSError, ValueError) as error:
             raise _explain(model, error) from error
@@ -139,6 +151,7 @@ def load_base(model: Model, task: Task, classes: int, pad: int, seed: int) -> nn
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     assert isinstance(base, nn.Module)
+    quantize.use_dequantised(base)
     return base.eval()
 
 
@@ -210,7 +223,10 @@ def set_mode(model: nn.Module, training: bool, base_dropout: bool) -> None:
 
 
 def base_digest(model: nn.Module) -> str:
-    """A short hash of the frozen base: names, shapes, 64 evenly spaced values of each tensor."""
+    """A short hash of the frozen base: names, shapes, 64 evenly spaced values of each tensor.
+
+    Of quantised weights: 64 codes and all scales.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(model.named_parameters()):
         if value.requires_grad or ".original_module." in name:
@@ -219,6 +235,9 @@ def base_digest(model: nn.Module) -> str:
         flat = value.detach().flatten()
         at = torch.linspace(0, len(flat) - 1, min(64, len(flat)), device=flat.device).long()
         digest.update(flat[at].float().cpu().numpy().tobytes())
+        scales = quantize.statistics(value)
+        if scales is not None:
+            digest.update(scales.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedpeft import sampling
+from fedpeft import quantize, sampling
 from fedpeft.cohort.chunk import MemoryEstimate, estimate
 from fedpeft.comms.ledger import Bytes, message_bytes, stack_bytes
 from fedpeft.local import steps_of
@@ -73,7 +73,7 @@ def make_plan(prepared: Prepared) -> Plan:
         test=len(population.test),
         labels=len(population.labels),
         trainable=trainable,
-        frozen=sum(p.numel() for p in network.model.parameters() if not p.requires_grad),
+        frozen=sum(quantize.count(p) for p in network.model.parameters() if not p.requires_grad),
         down=stack_bytes(sent),
         up=message_bytes(type(sent[0])(reply, scalars)),
         tokens=round(tokens),

@@ -141,7 +141,7 @@ def prepare(recipe: Recipe) -> Prepared:
 def prepare_network(recipe: Recipe, population: Population, device: torch.device) -> Network:
     """The recipe's base model with its adapter, for the population's task and labels."""
     task, classes = population.task, len(population.labels)
-    base = load_base(recipe.model, task, classes, population.examples.pad, recipe.seed)
+    base = load_base(recipe.model, task, classes, population.examples.pad, recipe.seed, device)
     start = recipe.adapter.get("start")
     model = attach(base, recipe.adapter, task, recipe.seed)
     return build_network(model, task, classes, device, None if start is None else str(start))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ def owners(model: nn.Module) -> dict[str, nn.Module]:
 def fold(module: nn.Module, own: Tree, clients: int) -> Forward:
     """The forward of ``module`` for ``clients`` clients; input and output ``[K*b, ...]``."""
     if is_plain_lora(module):
-        assert isinstance(module, LoraLinear)
+        assert isinstance(module, LoraLayer)
         return _lora_forward(module, own, clients)
     if isinstance(module, ModulesToSaveWrapper):
         saved = module.modules_to_save["default"]
@@ -66,10 +67,16 @@ def fold(module: nn.Module, own: Tree, clients: int) -> Forward:
     return _vmap_forward(module, own, clients)
 
 
+QUANTISED = "peft.tuners.lora.bnb"
+"""Where peft keeps its LoRA layers over 8- and 4-bit bases; it imports only with bitsandbytes."""
+
+
 def is_plain_lora(module: nn.Module) -> bool:
     """Whether a module is LoRA on a linear layer without any variant: W x + s B A x."""
+    kind: type = type(module)
     return (
-        type(module) is LoraLinear
+        isinstance(module, LoraLayer)
+        and (kind is LoraLinear or kind.__module__ == QUANTISED)
         and module.active_adapters == ["default"]
         and not module.merged
         and not module.disable_adapters
@@ -79,7 +86,7 @@ def is_plain_lora(module: nn.Module) -> bool:
     )
 
 
-def _lora_forward(module: LoraLinear, own: Tree, clients: int) -> Forward:
+def _lora_forward(module: LoraLayer, own: Tree, clients: int) -> Forward:
     """y = W x + s B_k (A_k x), the base product on the whole batch; one factor may be shared."""
     shared_down, shared_up = module.lora_A["default"].weight, module.lora_B["default"].weight
     assert isinstance(shared_down, Tensor) and isinstance(shared_up, Tensor)
