@@ -1,4 +1,7 @@
-"""fedpeft's engines on a workload: its round loop, federated averaging, cohort or sequential."""
+"""fedpeft's engines on a workload, set up as ``fedpeft run`` does, and its round loop.
+
+This is the only file of the benchmarks that knows how an engine is put together.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,23 @@ import dataclasses
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
-from benchmarks.model import build_model
-from benchmarks.recorder import Recorder, mark_first_step
+from benchmarks.model import build_model, hold_base
+from benchmarks.recipe import write_recipe
+from benchmarks.recorder import Recorder, mark_first_step, note_once
 from benchmarks.texts import Texts
+from benchmarks.ways import Way
 from benchmarks.workload import CLASSES, SEED, Workload, client_name, clients_of
-from fedpeft.cohort.choose import choose_lane
-from fedpeft.cohort.chunk import choose
-from fedpeft.cohort.federation import CohortFederation, Settings
-from fedpeft.cohort.gradient import Gradients
-from fedpeft.cohort.lanes import Lane, LoopLane
-from fedpeft.config import Rounds
+from fedpeft.config import Recipe, Rounds
 from fedpeft.data.clients import ClientData, Population
 from fedpeft.data.examples import Examples
 from fedpeft.engine import play_round
-from fedpeft.model import Network, build_network
-from fedpeft.strategy import Problem, build
+from fedpeft.federation import Federation
+from fedpeft.model import build_network
+from fedpeft.prepare import Prepared, assemble, prepare
+from fedpeft.strategy import build
 
 ROUNDS = Rounds(weighting="equal")
 """Every client of a federation takes part in each round, all with the same weight."""
@@ -29,52 +33,83 @@ ROUNDS = Rounds(weighting="equal")
 
 def population(workload: Workload) -> Population:
     """All clients of the workload, without hold-outs."""
-    texts = Texts.draw(workload)
+    texts = Texts.draw(dataclasses.replace(workload, device="cpu"))
     rows, width = texts.tokens.shape
+    labels = texts.labels if workload.task == "classification" else None
     starts = torch.arange(rows + 1) * width
-    examples = Examples(texts.tokens.flatten().int(), starts, texts.labels, pad=0)
+    examples = Examples(texts.tokens.flatten().int(), starts, labels, pad=0)
     clients = tuple(
         ClientData(client_name(c), texts.rows(c), texts.rows(c)[:0])
         for c in range(workload.population)
     )
-    labels = tuple(str(label) for label in range(CLASSES))
-    return Population("classification", clients, examples, examples, labels, "synthetic")
+    names = tuple(str(label) for label in range(CLASSES)) if labels is not None else ()
+    return Population(workload.task, clients, examples, examples, names, "synthetic")
 
 
-def federations(
-    workload: Workload, network: Network, lane: Lane, chunk: int
-) -> list[CohortFederation]:
+def prepared(workload: Workload, way: Way) -> Prepared:
+    """The workload under the way's settings, with the chunk that fedpeft chose written out.
+
+    The check that chooses the lane runs on a float32 base, as fedpeft's own loading gives.
+    """
+    device, model = torch.device(workload.device), build_model(workload)
+    hold_base(model, torch.float32)
+    network = build_network(model, workload.task, CLASSES, device)
+    recipe = Recipe(
+        seed=SEED, local=way.local(workload), rounds=ROUNDS, engine=way.engine(workload)
+    )
+    unused = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({})))
+    found = assemble(recipe, build("fedavg", {}), population(workload), network, unused)
+    hold_base(model, torch.bfloat16 if workload.precision == "bf16" else torch.float32)
+    return dataclasses.replace(found, recipe=found.resolved())
+
+
+def federations(workload: Workload, whole: Prepared) -> list[Federation]:
     """One federation per cohort of the population, all on one network."""
-    everyone, strategy = population(workload), build("fedavg", {})
-    settings = Settings(workload.local, ROUNDS, SEED)
-    found = []
+    everyone, found = whole.population, []
     for round in range(1, workload.population // workload.cohort + 1):
         own = tuple(everyone.clients[c] for c in clients_of(workload, round))
         part = dataclasses.replace(everyone, clients=own)
-        found.append(CohortFederation(network, lane, part, strategy, settings, chunk))
+        found.append(dataclasses.replace(whole, population=part).federation())
     return found
 
 
-def engine(workload: Workload, recorder: Recorder, kind: str, chunk: int) -> dict[str, Any]:
-    """Plays the rounds; ``kind`` is ``cohort`` or ``sequential``; fedpeft chooses a chunk of 0."""
-    network = build_network(build_model(workload), "classification", CLASSES, torch.device("cpu"))
-    if kind == "cohort":
-        examples = population(workload).examples
-        lane = choose_lane(network, examples)
-        task, device = network.task, network.device
-        size = chunk or choose(network, Gradients(lane, task, examples, workload.local, device))
-    else:
-        lane, size = LoopLane(network.model), 1
-    strategy, cohorts = build("fedavg", {}), federations(workload, network, lane, size)
-    names = tuple(client_name(c) for c in range(workload.population))
-    problem = Problem(network.initial, network.scaling, names, recorder.rounds, SEED)
-    state = strategy.init(problem)
-    mark_first_step(network.model, recorder.folder)
+def engine(workload: Workload, way: Way, recorder: Recorder) -> dict[str, Any]:
+    """Plays the rounds in this process."""
+    whole = prepared(workload, way)
+    cohorts = federations(workload, whole)
+    mark_first_step(whole.network.model, recorder.folder)
+    strategy, state = whole.strategy, whole.strategy.init(whole.problem)
     for round in range(1, recorder.rounds + 1):
         federation = cohorts[(round - 1) % len(cohorts)]
         recorder.begin()
         state, report = play_round(strategy, state, federation, ROUNDS, SEED, round)
         assert report.replied == workload.cohort, report.excluded
-        if recorder.end():
+        if recorder.end() and way.comparable:
             recorder.keep(strategy.adapter(state))
-    return {"lane": lane.name, "chunk": size}
+    return {"lane": whole.lane.name, "chunk": whole.chunk}
+
+
+def workers(workload: Workload, way: Way, recorder: Recorder) -> dict[str, Any]:
+    """Plays the rounds on ``way.processes`` workers, of a recipe on disk: each loads its own."""
+    recipe = write_recipe(workload, way, recorder.folder / "recipe")
+    whole = prepare(recipe)
+    if way.processes == 1:
+        _rounds(whole, whole.federation(), recorder)
+    else:
+        from fedpeft.workers.federation import WorkersFederation
+        from fedpeft.workers.ray_pool import opened
+
+        with opened(whole) as pool:
+            _rounds(whole, WorkersFederation(whole, pool), recorder)
+    return {"lane": whole.lane.name, "chunk": whole.chunk}
+
+
+def _rounds(whole: Prepared, federation: Federation, recorder: Recorder) -> None:
+    strategy, state = whole.strategy, whole.strategy.init(whole.problem)
+    rounds, seed = whole.recipe.rounds, whole.recipe.seed
+    for round in range(1, recorder.rounds + 1):
+        recorder.begin()
+        state, report = play_round(strategy, state, federation, rounds, seed, round)
+        assert not report.excluded, report.excluded
+        recorder.end()
+        note_once(recorder.folder / "first_step")  # here the first round: the step is elsewhere

@@ -7,6 +7,7 @@ model for every message, are slower) and trains with the same plain loop as ``be
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -49,11 +50,10 @@ def train(message: Message, context: Context) -> Message:
     received = message.content.array_records["arrays"].to_torch_state_dict()
     load(list(named.values()), [received[name] for name in named])
     optimizer = torch.optim.SGD(named.values(), lr=workload.local.lr, foreach=True)
-    order = texts.order(client, round)
-    train_steps(model, optimizer, texts.tokens[order], texts.labels[order])
+    train_steps(model, optimizer, texts, texts.order(client, round))
     reply = RecordDict(
         {
-            "arrays": ArrayRecord({name: p.detach() for name, p in named.items()}),
+            "arrays": ArrayRecord({name: p.detach().cpu() for name, p in named.items()}),
             "metrics": MetricRecord({"num-examples": workload.examples}),
         }
     )
@@ -77,7 +77,8 @@ def server_app(workload: Workload, recorder: Recorder, threads: int) -> ServerAp
             min_train_nodes=workload.cohort,
             min_available_nodes=workload.cohort,
         )
-        initial = {name: p.detach() for name, p in trainable(build_model(workload)).items()}
+        model = build_model(dataclasses.replace(workload, device="cpu"))
+        initial = {name: p.detach() for name, p in trainable(model).items()}
         settings = ConfigRecord(
             {"workload": workload.name, "threads": threads, "folder": str(recorder.folder)}
         )
@@ -93,13 +94,21 @@ def server_app(workload: Workload, recorder: Recorder, threads: int) -> ServerAp
 
 
 def simulate(workload: Workload, recorder: Recorder, actors: int, threads: int) -> None:
-    """Runs the simulation with ``actors`` concurrent clients of ``threads`` threads each."""
+    """Runs the simulation with ``actors`` concurrent clients of ``threads`` threads each.
+
+    On a GPU they share it.
+    """
+    gpus = 1 if workload.device == "cuda" else 0
     run_simulation(
         server_app=server_app(workload, recorder, threads),
         client_app=client_app,
         num_supernodes=workload.cohort,
         backend_config={
-            "client_resources": {"num_cpus": threads, "num_gpus": 0.0},
-            "init_args": {"num_cpus": actors * threads, "include_dashboard": False},
+            "client_resources": {"num_cpus": threads, "num_gpus": gpus / actors},
+            "init_args": {
+                "num_cpus": actors * threads,
+                "num_gpus": gpus,
+                "include_dashboard": False,
+            },
         },
     )

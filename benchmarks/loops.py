@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from benchmarks.model import build_model, trainable
+from benchmarks.model import build_model, mean_loss, trainable
 from benchmarks.recorder import Recorder, mark_first_step
 from benchmarks.texts import Texts
 from benchmarks.workload import Workload, clients_of
 
 
 def train_steps(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, labels: Tensor
+    model: nn.Module, optimizer: torch.optim.Optimizer, texts: Texts, order: Tensor
 ) -> None:
-    """One optimizer step per batch: tokens ``[steps, batch, T]``, labels ``[steps, batch]``."""
-    for x, y in zip(tokens, labels, strict=True):
+    """One optimizer step per row of ``order`` ``[steps, batch]``, which holds row numbers."""
+    for rows in order:
         optimizer.zero_grad()
-        loss = cross_entropy(model(input_ids=x).logits, y)
+        loss = mean_loss(texts.workload, model, texts.tokens[rows], texts.labels[rows])
         torch.autograd.backward(loss)
         optimizer.step()
 
@@ -46,8 +45,7 @@ def sequential_loop(workload: Workload, recorder: Recorder) -> dict[str, float]:
         total = [torch.zeros_like(v) for v in state]
         for client in clients_of(workload, round):
             load(parameters, state)
-            order = texts.order(client, round)
-            train_steps(model, optimizer, texts.tokens[order], texts.labels[order])
+            train_steps(model, optimizer, texts, texts.order(client, round))
             torch._foreach_add_(total, [p.detach() for p in parameters])
         state = [value / workload.cohort for value in total]
         if recorder.end():
@@ -65,8 +63,7 @@ def centralised(workload: Workload, recorder: Recorder, batch: int) -> None:
     for round in range(1, recorder.rounds + 1):
         recorder.begin()
         pool = torch.cat([texts.order(c, round).flatten() for c in clients_of(workload, round)])
-        shuffled = pool[torch.randperm(len(pool))]
+        shuffled = pool[torch.randperm(len(pool), device=pool.device)]
         size = min(batch, len(pool))
-        order = shuffled[: len(pool) // size * size].view(-1, size)
-        train_steps(model, optimizer, texts.tokens[order], texts.labels[order])
+        train_steps(model, optimizer, texts, shuffled[: len(pool) // size * size].view(-1, size))
         recorder.end()

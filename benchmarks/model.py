@@ -1,16 +1,18 @@
-"""The model of a workload: a BERT of random weights, LoRA on query and value, a trained head."""
+"""The model of a workload: random weights of a known shape, LoRA, for a BERT a trained head."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from torch.nn.functional import cross_entropy
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from benchmarks.workload import CLASSES, SEED, VOCABULARY, Workload
+from benchmarks.workload import CLASSES, SEED, Workload
 
 
 class TokenZeroClassifier(nn.Module):
@@ -37,24 +39,75 @@ class TokenZeroClassifier(nn.Module):
         return SequenceClassifierOutput(logits=self.classifier(hidden[:, 0]))
 
 
-def build_model(workload: Workload) -> Any:
-    """The peft model: LoRA r 8, alpha 16 on query and value, and the trained head."""
+def build_base(workload: Workload) -> nn.Module:
+    """The base model alone, on torch's current default device, float32."""
     torch.manual_seed(SEED)
-    config = BertConfig(
-        vocab_size=VOCABULARY,
+    if workload.base == "bert":
+        return TokenZeroClassifier(
+            BertConfig(
+                vocab_size=workload.vocabulary,
+                hidden_size=workload.hidden,
+                num_hidden_layers=workload.layers,
+                num_attention_heads=workload.heads,
+                intermediate_size=workload.feed_forward,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            )
+        )
+    config = LlamaConfig(
+        vocab_size=workload.vocabulary,
         hidden_size=workload.hidden,
         num_hidden_layers=workload.layers,
-        num_attention_heads=4,
+        num_attention_heads=workload.heads,
+        num_key_value_heads=workload.kv_heads,
         intermediate_size=workload.feed_forward,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        tie_word_embeddings=True,
+        use_cache=False,
     )
+    return LlamaForCausalLM(config)
+
+
+def build_model(workload: Workload) -> Any:
+    """The peft model on the workload's device: LoRA, and the trained head of a classifier."""
+    with torch.device(workload.device):
+        base = build_base(workload)
     lora = peft.LoraConfig(
-        r=8, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS"
+        r=workload.rank,
+        lora_alpha=2 * workload.rank,
+        target_modules=list(workload.targets),
+        task_type="SEQ_CLS" if workload.task == "classification" else "CAUSAL_LM",
     )
-    return peft.get_peft_model(TokenZeroClassifier(config), lora)
+    model = peft.get_peft_model(base, lora)
+    for parameter in trainable(model).values():
+        parameter.data = parameter.data.float()
+    hold_base(model, torch.bfloat16 if workload.precision == "bf16" else torch.float32)
+    return model.to(workload.device)
+
+
+def hold_base(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the frozen parameters in place."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's trainable parameters by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def precision(workload: Workload) -> AbstractContextManager[object]:
+    """The workload's autocast."""
+    if workload.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(workload.device, dtype=torch.bfloat16)
+
+
+def mean_loss(workload: Workload, model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of a batch: of its texts, or of the tokens that are predicted."""
+    with precision(workload):
+        logits = model(input_ids=tokens).logits
+    if workload.task == "classification":
+        return cross_entropy(logits.float(), labels)
+    return cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())

@@ -1,6 +1,7 @@
 """One way on one workload in this process: ``python -m benchmarks.one WORKLOAD FOLDER ROUNDS WAY``.
 
-Started by ``benchmarks.cohort``; leaves ``run.json``, ``adapter.npz`` and ``first_step`` in FOLDER.
+Started by ``benchmarks.cohort`` and ``benchmarks.compare``; leaves ``run.json``, ``first_step``
+and, where it can be compared, ``adapter.safetensors`` in FOLDER.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def play(workload: Workload, way: Way, recorder: Recorder) -> dict[str, Any]:
     else:
         from benchmarks import engines
 
-        return engines.engine(workload, recorder, way.family, way.chunk)
+        on_disk = way.family in ("worker", "workers")
+        return (engines.workers if on_disk else engines.engine)(workload, way, recorder)
     return {}
 
 

@@ -18,24 +18,24 @@ from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
 from pfl.metrics import Metrics, Weighted
 from pfl.model.pytorch import PyTorchModel
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from benchmarks.model import build_model, trainable
+from benchmarks.model import build_model, mean_loss, trainable
 from benchmarks.recorder import Recorder, mark_first_step
 from benchmarks.texts import Texts
 from benchmarks.workload import SEED, Workload
 
 
-class Classifier(nn.Module):
+class Learner(nn.Module):
     """The peft model with the two methods that pfl calls."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, workload: Workload) -> None:
         super().__init__()
         self.model = model
+        self.workload = workload
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of a batch."""
-        return cross_entropy(self.model(input_ids=tokens).logits, labels)
+        return mean_loss(self.workload, self.model, tokens, labels)
 
     def metrics(self, tokens: Tensor, labels: Tensor) -> dict[str, Weighted]:
         """The loss, for the evaluation that pfl makes in its first iteration."""
@@ -88,7 +88,7 @@ def simulate(workload: Workload, recorder: Recorder) -> None:
         ),
         SimulatedBackend(training_data=users, val_data=users),
         PyTorchModel(
-            Classifier(model),
+            Learner(model, workload),
             local_optimizer_create=lambda parameters, lr: torch.optim.SGD(
                 (p for p in parameters if p.requires_grad), lr=lr, foreach=True
             ),

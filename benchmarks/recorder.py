@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -47,7 +48,8 @@ class Recorder:
 
     rounds: how many there will be, the untimed first one counted. root: the process at the top of
     the way's tree. seconds, cpu: per round, wall time and CPU seconds of the tree. others: per
-    round, the share of the machine that everything else took.
+    round, the share of the machine that everything else took. gpu_used: the most bytes in use on
+    the GPU, by whatever process, between rounds.
     """
 
     folder: Path
@@ -56,6 +58,7 @@ class Recorder:
     seconds: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
+    gpu_used: int = 0
     _machine: float = 0.0
     _own: float = 0.0
     _began: float = 0.0
@@ -64,11 +67,16 @@ class Recorder:
         """The next round begins now."""
         self._machine = machine_cpu()
         self._own = cpu_beside_me(self.root) + time.process_time()
+        finish_gpu()
         self._began = time.perf_counter()
 
     def end(self) -> bool:
         """The round is over. True if its global adapter is the one to compare: ``keep`` it."""
+        finish_gpu()
         passed = time.perf_counter() - self._began
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            self.gpu_used = max(self.gpu_used, total - free)
         own = time.process_time() + cpu_beside_me(self.root) - self._own
         rest = max(0.0, machine_cpu() - self._machine - own)
         self.seconds.append(passed)
@@ -87,9 +95,23 @@ class Recorder:
             "seconds": self.seconds,
             "cpu_seconds": self.cpu,
             "others": self.others,
+            **self._gpu_memory(),
             **notes,
         }
         (self.folder / "run.json").write_text(json.dumps(found))
+
+    def _gpu_memory(self) -> dict[str, int]:
+        """Bytes on the GPU: the most that torch allocated in this process, and what was in use."""
+        if not torch.cuda.is_available():
+            return {}
+        own = torch.cuda.max_memory_allocated()
+        return {"gpu_allocated": own, "gpu_used": self.gpu_used}
+
+
+def finish_gpu() -> None:
+    """Waits for this process's work on the GPU, if it has any."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def mark_first_step(model: nn.Module, folder: Path) -> None:
@@ -101,6 +123,7 @@ def mark_first_step(model: nn.Module, folder: Path) -> None:
         calls += 1
         if calls == 2:
             handle.remove()
+            finish_gpu()
             note_once(folder / "first_step")
 
     handle = model.register_forward_pre_hook(hook)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.workload import CLASSES, SEED, VOCABULARY, Workload, client_name
+from benchmarks.workload import CLASSES, SEED, Workload, client_name
 from fedpeft.local import batch_plan
 
 
@@ -25,12 +25,15 @@ class Texts:
 
     @staticmethod
     def draw(workload: Workload) -> Texts:
-        """The workload's data; two calls give the same."""
+        """The workload's data, on its device; two calls give the same."""
         stream = np.random.default_rng(SEED)
         rows = workload.population * workload.examples
-        tokens = stream.integers(VOCABULARY, size=(rows, workload.tokens))
+        tokens = stream.integers(workload.vocabulary, size=(rows, workload.tokens))
         labels = stream.integers(CLASSES, size=rows)
-        return Texts(workload, torch.from_numpy(tokens), torch.from_numpy(labels))
+        device = workload.device
+        return Texts(
+            workload, torch.from_numpy(tokens).to(device), torch.from_numpy(labels).to(device)
+        )
 
     def rows(self, client: int) -> np.ndarray:
         """The row numbers of a client."""
@@ -38,8 +41,8 @@ class Texts:
         return np.arange(client * own, (client + 1) * own)
 
     def order(self, client: int, round: int) -> Tensor:
-        """A client's rows in the order of its batches: int64 ``[steps, batch]``."""
+        """A client's rows in the order of its batches: int64 ``[steps, batch]``, on the device."""
         rows, local = self.rows(client), self.workload.local
         plan = batch_plan(rows, local, SEED, client_name(client), round)
         assert plan.min() >= 0, "every batch is full"
-        return torch.from_numpy(plan)
+        return torch.from_numpy(plan).to(self.workload.device)

@@ -132,6 +132,17 @@ def prepare(recipe: Recipe) -> Prepared:
     else:
         sampling.check(recipe.rounds.sampling, len(population.clients))
     network = prepare_network(recipe, population, device)
+    return assemble(recipe, strategy, population, network, tokenizer)
+
+
+def assemble(
+    recipe: Recipe,
+    strategy: Strategy[Any],
+    population: Population,
+    network: Network,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Prepared:
+    """What ``prepare`` makes of its parts, whatever they come from; chooses the lane."""
     looped = recipe.engine.kind == "sequential"
     lane = LoopLane(network.model) if looped else choose_lane(network, population.examples)
     lane = speed_up(lane, recipe.engine, recipe.local.precision)
