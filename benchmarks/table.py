@@ -19,6 +19,9 @@ HEAD = (
     "x centralised",
     "% of centralised",
     "x loop",
+    "tokens/s",
+    "% of peak",
+    "GPU MB",
     "largest difference",
     "others on the machine",
 )
@@ -48,8 +51,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A variant over all its runs: the median, shortest and longest round, mean CPU seconds per
-    round, median start-up, largest memory, largest gap, mean share that others took."""
+    """A variant over all its runs.
+
+    seconds, least, most: the median, shortest and longest round. cpu: mean per round. startup: the
+    median. peak_bytes, gap, gpu_bytes: the largest (of the last: in use on the GPU, 0 without one).
+    others: mean share of the machine that others took.
+    """
 
     way: Way
     label: str
@@ -61,6 +68,23 @@ class Row:
     peak_bytes: int
     gap: float | None
     others: float
+    gpu_bytes: int
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """A round's tokens, the floating-point operations of one, and the device's peak in TFLOP/s."""
+
+    tokens: int
+    flops_per_token: float
+    peak: float | None
+
+    def utilisation(self, seconds: float) -> str:
+        """Share of the peak that a round of so many seconds used, in per cent; "" if unknown."""
+        if self.peak is None:
+            return ""
+        used = self.tokens * self.flops_per_token / seconds
+        return f"{100 * used / (self.peak * 1e12):.1f}"
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:
@@ -86,6 +110,7 @@ def row(way: Way, runs: Sequence[Run]) -> Row:
         peak_bytes=max(run.peak_bytes for run in runs),
         gap=max((run.gap for run in runs if run.gap is not None), default=None),
         others=mean(s for run in runs for s in run.others),
+        gpu_bytes=max(int(run.notes.get("gpu_used", 0)) for run in runs),
     )
 
 
@@ -99,7 +124,7 @@ def best(found: Sequence[Row]) -> dict[str, Row]:
     return fastest
 
 
-def render(found: Sequence[Row]) -> str:
+def render(found: Sequence[Row], arithmetic: Arithmetic) -> str:
     """The table in Markdown; the fastest variant of a family is starred."""
     fastest = best(found)
     limit, loop = fastest.get("centralised"), fastest.get("loop")
@@ -117,6 +142,9 @@ def render(found: Sequence[Row]) -> str:
                 f"{one.seconds / limit.seconds:.2f}" if limit else "",
                 f"{100 * limit.seconds / one.seconds:.0f}" if limit else "",
                 f"{one.seconds / loop.seconds:.3f}" if loop else "",
+                f"{arithmetic.tokens / one.seconds:.0f}",
+                arithmetic.utilisation(one.seconds),
+                f"{one.gpu_bytes / 1e6:.0f}" if one.gpu_bytes else "",
                 "" if one.gap is None else f"{one.gap:.1e}",
                 f"{100 * one.others:.0f} %",
             )
@@ -126,24 +154,3 @@ def render(found: Sequence[Row]) -> str:
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
         for line in lines
     )
-
-
-def bars(workload: str, found: Sequence[Row]) -> list[str]:
-    """The workload's bars, each with the figure and whether it holds; those that can be judged."""
-    fastest = best(found)
-    cohort = fastest.get("cohort")
-    checks: list[tuple[str, float, bool]] = []
-    if cohort is None:
-        return []
-    if workload == "A" and (limit := fastest.get("centralised")):
-        ratio = cohort.seconds / limit.seconds
-        checks.append(("time at most 1.10 x centralised", ratio, ratio <= 1.10))
-    if workload == "A" and (flower := fastest.get("flower")):
-        ratio = cohort.seconds / flower.seconds
-        checks.append(("time at most that of Flower's simulation", ratio, ratio <= 1))
-        ratio = cohort.peak_bytes / flower.peak_bytes
-        checks.append(("memory at most a third of Flower's simulation", ratio, ratio <= 1 / 3))
-    if workload == "B" and (loop := fastest.get("loop")):
-        ratio = loop.seconds / cohort.seconds
-        checks.append(("at least 4 x as fast as the sequential loop", ratio, ratio >= 4))
-    return [f"{'holds' if ok else 'FAILS'}: {text}: {ratio:.2f}" for text, ratio, ok in checks]

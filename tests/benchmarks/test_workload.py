@@ -1,8 +1,12 @@
 from __future__ import annotations
 
-import torch
+import dataclasses
 
-from benchmarks.model import build_model, trainable
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.model import build_base, build_model, trainable
 from benchmarks.texts import Texts
 from benchmarks.workload import WORKLOADS, clients_of
 
@@ -25,6 +29,39 @@ def test_workload_b_is_the_one_specified() -> None:
     assert workload.tokens_per_round == 2_048
     assert len(Texts.draw(workload).order(5, round=1)) == 8
     assert Texts.draw(workload).order(5, round=1).shape[1] == 1
+
+
+def test_workload_c_has_the_shape_of_minilm() -> None:
+    workload = WORKLOADS["C"]
+    encoder = build_model(dataclasses.replace(workload, population=8)).base_model.model.encoder
+    assert len(encoder.encoder.layer) == 6
+    config = encoder.config
+    shape = (config.hidden_size, config.num_attention_heads, config.intermediate_size)
+    assert shape == (384, 12, 1536)
+    assert (workload.batch, workload.tokens) == (16, 64)
+
+
+def test_the_gpu_workloads_are_the_ones_specified() -> None:
+    mini, llama = WORKLOADS["bert-mini"], WORKLOADS["llama-1b"]
+    assert (mini.layers, mini.hidden, mini.cohort, mini.batch, mini.tokens) == (4, 256, 256, 8, 64)
+    assert (llama.cohort, llama.batch, llama.tokens, llama.rank) == (64, 4, 512, 16)
+    with torch.device("meta"):
+        base = build_base(llama)
+    assert sum(p.numel() for p in base.parameters()) == 1_235_814_400  # Llama-3.2-1B's own count
+    assert base.config.rope_parameters["rope_theta"] == 500_000.0
+    linear = {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if type(m) is nn.Linear}
+    assert linear == {*llama.targets, "lm_head"}
+
+
+@pytest.mark.parametrize("name", ["bert-mini", "llama-1b"])
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft 0.21
+def test_a_shrunk_gpu_workload_runs_on_the_cpu_in_the_same_precision(name: str) -> None:
+    workload = WORKLOADS[f"{name}-small"]
+    assert workload.device == "cpu" and workload.precision == WORKLOADS[name].precision == "bf16"
+    model = build_model(workload)
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16}
+    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
 
 
 def test_rounds_go_through_the_population_and_begin_again() -> None:
