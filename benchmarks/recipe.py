@@ -14,28 +14,28 @@ from benchmarks.ways import Way
 from benchmarks.workload import CLASSES, SEED, Workload, client_name
 from fedpeft.config import Data, Model, Partition, Recipe, Rounds, Sampling
 
-HOLDOUT = 0.2
-"""fedpeft keeps a share of each client's rows; so many more are written."""
-
 
 def write_recipe(workload: Workload, way: Way, folder: Path) -> Recipe:
-    """Writes ``model/`` and ``data.jsonl`` and gives their recipe; BERT workloads only.
+    """Writes ``model/`` and ``data/`` and gives their recipe; BERT workloads only.
 
     The model is transformers' own classifier of the workload's shape, and a round's clients are
     drawn, so the adapter is not that of the other ways; the work is the same.
     """
     _write_model(workload, folder / "model")
-    _write_data(workload, folder / "data.jsonl")
+    (folder / "data").mkdir()
+    _write_data(workload, folder / "data" / "train.jsonl", workload.examples)
+    _write_data(workload, folder / "data" / "test.jsonl", 1)
     size = workload.cohort
     return Recipe(
         seed=SEED,
         model=Model(name=str(folder / "model")),
         adapter={"kind": "lora", "r": workload.rank, "target_modules": list(workload.targets)},
         data=Data(
-            source=str(folder / "data.jsonl"),
+            source=str(folder / "data"),
+            test="test",
             client="client",
             max_length=workload.tokens,
-            holdout=HOLDOUT,
+            holdout=0.0,
         ),
         partition=Partition(kind="natural", clients=0, min_examples=1),
         rounds=Rounds(weighting="equal", sampling=Sampling(kind="fixed", size=size)),
@@ -67,9 +67,9 @@ def _write_model(workload: Workload, folder: Path) -> None:
     BertForSequenceClassification(config).save_pretrained(str(folder))
 
 
-def _write_data(workload: Workload, path: Path) -> None:
+def _write_data(workload: Workload, path: Path, each: int) -> None:
+    """``each`` rows of every client."""
     stream = np.random.default_rng(SEED)
-    each = round(workload.examples / (1 - HOLDOUT))
     with path.open("w") as out:
         for client in range(workload.population):
             tokens = stream.integers(2, workload.vocabulary, size=(each, workload.tokens))
