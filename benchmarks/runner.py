@@ -39,7 +39,7 @@ class Launch:
     pfl_python: str = sys.executable
 
     def environment(self, way: Way, folder: Path) -> dict[str, str]:
-        """Threads for every library; a compiler's cache of its own; nothing is sent anywhere."""
+        """Threads for every library; caches of its own; nothing is sent anywhere."""
         threads = str(way.threads)
         return {
             **os.environ,
@@ -47,6 +47,7 @@ class Launch:
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+            "HF_DATASETS_CACHE": str(folder / "datasets"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "RAY_USAGE_STATS_ENABLED": "0",

@@ -9,21 +9,17 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    IidPartitioner,
-    NaturalIdPartitioner,
-    Partitioner,
-    PathologicalPartitioner,
-    ShardPartitioner,
-)
 
 from fedpeft.config import Partition
 from fedpeft.errors import FedpeftError
 from fedpeft.streams import derive, numpy_stream
+
+if TYPE_CHECKING:  # flwr_datasets loads its plots, a second of imports: only where it divides
+    from flwr_datasets.partitioner import Partitioner
 
 Divided = list[tuple[str, np.ndarray]]
 """Client name and its row numbers, int64 ascending; sorted by name."""
@@ -87,6 +83,8 @@ def _natural(rows: Dataset, partition: Partition, sizes: np.ndarray) -> Divided:
             "data, or keep only the largest clients with partition.clients=N."
         )
     member = np.flatnonzero((sizes > 0) & np.isin(owner, chosen))
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
     parts = _load(NaturalIdPartitioner("key"), member, owner[member], len(chosen))
     return [(names[i], part) for i, part in zip(chosen, parts, strict=True)]
 
@@ -99,6 +97,8 @@ def _synthetic(rows: Dataset, partition: Partition, usable: np.ndarray, seed: in
             f"partition.clients={clients} is more than the {len(usable)} training rows with usable "
             "text. Lower partition.clients, or use more rows (data.limit)."
         )
+    from flwr_datasets.partitioner import IidPartitioner
+
     shuffled = numpy_stream(seed, "partition", "order").permutation(usable)
     if partition.kind == "iid":
         parts = _load(IidPartitioner(clients), shuffled, np.zeros_like(shuffled), clients)
@@ -124,6 +124,12 @@ def _labels(rows: Dataset, partition: Partition) -> np.ndarray:
 
 def _by_label(partition: Partition, keys: np.ndarray, seed: int) -> Partitioner:
     """The partitioner of a kind that reads labels, with settings that leave no row out."""
+    from flwr_datasets.partitioner import (
+        DirichletPartitioner,
+        PathologicalPartitioner,
+        ShardPartitioner,
+    )
+
     clients, classes = partition.clients, partition.classes
     if partition.kind == "dirichlet":
         least = partition.min_examples

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from datasets import Dataset
 
 from fedpeft.config import Partition
+from fedpeft.data import partition
 from fedpeft.data.partition import divide
 
 LABELS = 6
@@ -217,3 +220,14 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     for partition in KINDS:
         divide(rows_of(203, [f"c{i % 9}" for i in range(203)]), partition, np.ones(203, int), 0)
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_partitioners_and_their_plots_are_loaded_only_to_divide() -> None:
+    found = [
+        node.module
+        for file in Path(partition.__file__).parents[1].rglob("*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.ImportFrom) and node.module
+    ]
+    assert "fedpeft.streams" in found
+    assert not [name for name in found if name.startswith("flwr_datasets")]
