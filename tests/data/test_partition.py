@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+import fedpeft.data
 from fedpeft.config import Partition
-from fedpeft.data import partition
 from fedpeft.data.partition import divide
 
 LABELS = 6
@@ -225,7 +225,7 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
 def test_the_partitioners_and_their_plots_are_loaded_only_to_divide() -> None:
     found = [
         node.module
-        for file in Path(partition.__file__).parents[1].rglob("*.py")
+        for file in Path(fedpeft.data.__file__).parents[1].rglob("*.py")
         for node in ast.parse(file.read_text()).body
         if isinstance(node, ast.ImportFrom) and node.module
     ]
