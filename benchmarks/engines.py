@@ -49,7 +49,7 @@ def population(workload: Workload) -> Population:
 def prepared(workload: Workload, way: Way) -> Prepared:
     """The workload under the way's settings, with the chunk that fedpeft chose written out.
 
-    The check that chooses the lane runs on a float32 base, as fedpeft's own loading gives.
+    The base is float32, as fedpeft loads it; what of it is held in bf16, its engine decides.
     """
     device, model = torch.device(workload.device), build_model(workload)
     hold_base(model, torch.float32)
@@ -59,7 +59,6 @@ def prepared(workload: Workload, way: Way) -> Prepared:
     )
     unused = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({})))
     found = assemble(recipe, build("fedavg", {}), population(workload), network, unused)
-    hold_base(model, torch.bfloat16 if workload.precision == "bf16" else torch.float32)
     return dataclasses.replace(found, recipe=found.resolved())
 
 

@@ -21,6 +21,9 @@ from fedpeft.tree import Tree
 
 Forward = Callable[..., Tensor]
 
+QUANTISED = "peft.tuners.lora.bnb"
+"""Where peft keeps its LoRA layers over 8- and 4-bit bases; it imports only with bitsandbytes."""
+
 
 class _Unpatched(nn.Module):
     """Calls the class's forward of a module whose instance forward is replaced."""
@@ -65,10 +68,6 @@ def fold(module: nn.Module, own: Tree, clients: int) -> Forward:
         if type(saved) is nn.Linear and set(own) == names:
             return _linear_forward(own, clients)
     return _vmap_forward(module, own, clients)
-
-
-QUANTISED = "peft.tuners.lora.bnb"
-"""Where peft keeps its LoRA layers over 8- and 4-bit bases; it imports only with bitsandbytes."""
 
 
 def is_plain_lora(module: nn.Module) -> bool:
