@@ -106,6 +106,7 @@ def simulate(workload: Workload, recorder: Recorder, actors: int, threads: int) 
         backend_config={
             "client_resources": {"num_cpus": threads, "num_gpus": gpus / actors},
             "init_args": {
+                "address": "local",  # not another Ray of this machine
                 "num_cpus": actors * threads,
                 "num_gpus": gpus,
                 "include_dashboard": False,
