@@ -179,6 +179,9 @@ class FoldLane(Lane):
 
     @contextmanager
     def installed(self) -> Iterator[None]:
+        if self._installed:
+            yield
+            return
         self._installed = True
         for owner in self._owners:
             owner.module.forward = owner.forward
@@ -191,9 +194,11 @@ class FoldLane(Lane):
 
     @contextmanager
     def _again(self, under_way: tuple[Tree, int]) -> Iterator[None]:
+        before = self.under_way
         with self.installed():
             self.under_way = under_way
             yield
+            self.under_way = before
 
     def _checkpoint(self) -> int:
         """Turns on transformers' activation checkpointing for every block of the base: how many.

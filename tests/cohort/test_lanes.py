@@ -231,6 +231,22 @@ def test_checkpointing_changes_no_gradient_and_keeps_less(task: Task, adapter: s
     assert not any("forward" in vars(module) for module in net.model.modules())
 
 
+def test_a_checkpointed_step_equals_a_plain_one() -> None:
+    """As training runs it: the lane stays installed from the forward to the backward pass."""
+    net, some = network("causal_lm", "lora"), examples("causal_lm")
+    index = np.array([[0, 1, 2, 3], [4, 5, -1, -1], [6, 7, 8, -1]])
+    layout, local = Layout.of(net.initial), Local(batch_size=2, accumulate=2)
+    matrix = layout.pack(stacked(net)).requires_grad_()
+    found = []
+    for lane in (FoldLane(net.model), FoldLane(net.model, checkpointing=True)):
+        set_mode(net.model, True, base_dropout=False)
+        at = Gradients(lane, net.task, some, local, net.device)
+        found.append(at.step(matrix, layout, index, torch.ones(3)))
+    for plain, again in zip(*found, strict=True):
+        assert gap(again, plain) < 1e-6
+    assert not any("forward" in vars(module) for module in net.model.modules())
+
+
 def test_what_only_the_fold_can_do_is_refused_elsewhere() -> None:
     net = network("classification", "prompt")
     lane = VmapLane(net.model)
