@@ -238,7 +238,8 @@ def test_a_checkpointed_step_equals_a_plain_one() -> None:
     layout, local = Layout.of(net.initial), Local(batch_size=2, accumulate=2)
     matrix = layout.pack(stacked(net)).requires_grad_()
     found = []
-    for lane in (FoldLane(net.model), FoldLane(net.model, checkpointing=True)):
+    for checkpointing in (False, True):
+        lane = FoldLane(net.model, checkpointing)
         set_mode(net.model, True, base_dropout=False)
         at = Gradients(lane, net.task, some, local, net.device)
         found.append(at.step(matrix, layout, index, torch.ones(3)))
