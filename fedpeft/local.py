@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fedpeft import streams
-from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.lanes import Lane
+from fedpeft.cohort.per_example import step_gradients
 from fedpeft.config import Local
 from fedpeft.data.clients import Task
 from fedpeft.data.examples import Examples
@@ -86,7 +86,7 @@ class Trainer:
         self.examples = examples
         self.local = local
         self.device = device
-        self.gradients = Gradients(lane, task, examples, local, device)
+        self.gradients = step_gradients(lane, task, examples, local, device)
 
     def fit(
         self, start: Tree, plans: Sequence[np.ndarray], progress: Progress, adjust: Adjust | None

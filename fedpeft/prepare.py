@@ -15,6 +15,7 @@ from fedpeft.cohort.choose import choose_lane
 from fedpeft.cohort.chunk import choose
 from fedpeft.cohort.federation import CohortFederation, Settings
 from fedpeft.cohort.lanes import Lane, LoopLane
+from fedpeft.cohort.self_check import check_per_example
 from fedpeft.config import Recipe
 from fedpeft.data.build import build_population, pool
 from fedpeft.data.clients import Population
@@ -132,6 +133,8 @@ def prepare(recipe: Recipe) -> Prepared:
     network = prepare_network(recipe, population, device)
     looped = recipe.engine.kind == "sequential"
     lane = LoopLane(network.model) if looped else choose_lane(network, population.examples)
+    adapter = str(recipe.adapter.get("kind", "lora"))
+    check_per_example(network, lane, population.examples, recipe.local, adapter)
     return Prepared(recipe, strategy, population, network, lane, tokenizer)
 
 
