@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 TOLERANCE = 1e-2
 """Largest relative difference (Euclidean norm) of one tensor's gradient."""
 
-FLOOR = 1e-3
+FLOOR = 1e-5
 """A tensor's share of the whole gradient below which the difference is taken relative to this share
 of the whole: there rounding is all that is left."""
 
