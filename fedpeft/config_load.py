@@ -165,6 +165,16 @@ def check(recipe: Recipe) -> None:
             raise FedpeftError(f"{key}={value!r} must be {rule.text}.")
     if recipe.local.epochs == 0 and recipe.local.steps == 0:
         raise FedpeftError("local.epochs=0 needs local.steps to be at least 1: nothing is trained.")
+    if recipe.local.clip_per == "example" and recipe.local.clip_norm == 0:
+        raise FedpeftError(
+            "local.clip_per='example' needs local.clip_norm above 0, the bound of each example's "
+            "gradient: set local.clip_norm, or leave local.clip_per=client."
+        )
+    if recipe.local.clip_per == "example" and recipe.engine.compile != "none":
+        raise FedpeftError(
+            f"engine.compile={recipe.engine.compile} with local.clip_per=example: the passes of "
+            f"per-example clipping have too many shapes to compile. Set engine.compile=none."
+        )
     if recipe.partition.kind != "natural" and recipe.partition.clients == 0:
         raise FedpeftError(
             "partition.clients=0 must be at least 1; only partition.kind=natural takes 0 (all)."

@@ -17,6 +17,7 @@ from fedpeft.cohort.chunk import choose
 from fedpeft.cohort.federation import CohortFederation, Settings
 from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.lanes import Lane, LoopLane, speed_up
+from fedpeft.cohort.self_check import check_per_example
 from fedpeft.config import Recipe
 from fedpeft.data.build import build_population, pool
 from fedpeft.data.clients import Population
@@ -134,7 +135,10 @@ def prepare(recipe: Recipe) -> Prepared:
     network = prepare_network(recipe, population, device)
     looped = recipe.engine.kind == "sequential"
     lane = LoopLane(network.model) if looped else choose_lane(network, population.examples)
-    lane = speed_up(lane, recipe.engine, recipe.local.precision)
+    lane = speed_up(lane, recipe.engine)
+    adapter = str(recipe.adapter.get("kind", "lora"))
+    check_per_example(network, lane, population.examples, recipe.local, adapter)
+    lane.set_precision(recipe.local.precision)
     return Prepared(recipe, strategy, population, network, lane, tokenizer)
 
 

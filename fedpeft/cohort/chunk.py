@@ -33,8 +33,8 @@ SHARE = 0.5
 """Share of the free memory that the estimate may fill."""
 
 MARGIN = {"cpu": 1.6, "cuda": 1.25}
-"""What a step needs beyond the tensors that it keeps: gradients, temporaries, and on a CPU the pages
-that malloc does not give back (measured: 1.14 without them, 1.5 to 1.6 with them)."""
+"""What a step needs beyond the tensors that it keeps: gradients, temporaries, and on a CPU the
+pages that malloc does not give back (measured: 1.14 without them, 1.5 to 1.6 with them)."""
 
 COHORT = 8
 """Clients that a strategy sees at once, for each one in flight: so rows can be refilled."""

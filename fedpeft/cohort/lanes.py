@@ -75,6 +75,15 @@ class Lane(ABC):
         with torch.autocast(device, dtype=DTYPES[self.precision]), kernel:
             return self.run(stacked, batch)
 
+    def set_precision(self, precision: Precision) -> None:
+        """Sets what the model runs in; in 16 bits the base holds its linear weights so (``lower``).
+
+        There is no way back to float32.
+        """
+        self.precision = precision
+        if precision != "fp32":
+            lower(self.model, DTYPES[precision])
+
     @abstractmethod
     def run(self, stacked: Tree, batch: Batch) -> Tensor:
         """``logits``, in whatever precision the caller has set."""
@@ -222,8 +231,8 @@ class FoldLane(Lane):
         return len(blocks)
 
 
-def speed_up(lane: Lane, engine: Engine, precision: Precision) -> Lane:
-    """The lane in ``precision``, with ``engine.compile`` and ``engine.checkpointing``.
+def speed_up(lane: Lane, engine: Engine) -> Lane:
+    """The lane with ``engine.compile`` and ``engine.checkpointing``.
 
     Raises FedpeftError for the two settings in another lane than ``fold``, which alone has them,
     and for a base that cannot.
@@ -244,9 +253,6 @@ def speed_up(lane: Lane, engine: Engine, precision: Precision) -> Lane:
             lane = FoldLane(lane.model, engine.checkpointing, engine.compile)
         except ValueError as error:
             raise FedpeftError(f"engine.checkpointing=true: {error}; leave it out.") from error
-    if precision != "fp32":
-        lane.precision = precision
-        lower(lane.model, DTYPES[precision])
     return lane
 
 

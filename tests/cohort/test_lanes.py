@@ -251,12 +251,12 @@ def test_a_checkpointed_step_equals_a_plain_one() -> None:
 def test_what_only_the_fold_can_do_is_refused_elsewhere() -> None:
     net = network("classification", "prompt")
     lane = VmapLane(net.model)
-    assert speed_up(lane, Engine(), "fp32") is lane
+    assert speed_up(lane, Engine()) is lane
     for engine in (Engine(compile="default"), Engine(checkpointing=True)):
         with pytest.raises(FedpeftError, match=r"lane 'fold'.*'vmap'"):
-            speed_up(lane, engine, "fp32")
+            speed_up(lane, engine)
     with pytest.raises(FedpeftError, match="Set one of the two"):
-        speed_up(lane, Engine(compile="default", checkpointing=True), "fp32")
+        speed_up(lane, Engine(compile="default", checkpointing=True))
 
 
 @pytest.mark.slow
@@ -272,7 +272,7 @@ def test_the_compiled_fold_equals_the_loop(adapter: str) -> None:
     values = stacked(net)
     layout, local = Layout.of(net.initial), Local(batch_size=4)
     found = []
-    fast = speed_up(FoldLane(net.model), Engine(compile="default"), "fp32")
+    fast = speed_up(FoldLane(net.model), Engine(compile="default"))
     for lane in (LoopLane(net.model), fast):
         at = Gradients(lane, net.task, some, local, net.device)
         for factor in (1.0, 2.0):  # the adapter is no constant of the compiled step
@@ -292,13 +292,14 @@ def test_holding_weights_in_16_bits_gives_autocasts_numbers(task: Task, adapter:
     values = stacked(plain)
     with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         wanted = LoopLane(plain.model).run(values, batch)
-    loop = speed_up(LoopLane(held.model), Engine(), "bf16")
+    loop = LoopLane(held.model)
+    loop.set_precision("bf16")
     dtypes = {m.weight.dtype for m in held.model.modules() if type(m) is nn.Linear}
     assert torch.bfloat16 in dtypes
     assert {v.dtype for v in held.initial.values()} == {torch.float32}
     assert torch.equal(loop.logits(values, batch), wanted)
-    kind = VmapLane if adapter in PROMPTS else FoldLane
-    batched = speed_up(kind(held.model), Engine(), "bf16")
+    batched = VmapLane(held.model) if adapter in PROMPTS else FoldLane(held.model)
+    batched.set_precision("bf16")
     assert gap(batched.logits(values, batch).float(), wanted.float()) < 2e-2
 
 
