@@ -12,6 +12,7 @@ from torch import nn
 from fedpeft import streams
 from fedpeft.cohort.lanes import FoldLane, Lane, LoopLane, VmapLane
 from fedpeft.data.examples import Batch, Examples
+from fedpeft.errors import FedpeftError
 from fedpeft.metrics import client_sums
 from fedpeft.model import Network, set_mode
 from fedpeft.tree import Tree
@@ -31,12 +32,18 @@ def choose_lane(network: Network, examples: Examples) -> Lane:
     The check runs two clients with different adapters on two padded rows each: gradients in eval
     mode must be the loop's, and in training mode too unless dropout or sampling makes even the
     loop's differ from run to run. One line of the log says which lane was chosen, and why none
-    before it.
+    before it. Raises FedpeftError when not even the loop runs.
     """
     kind = _kind(network.model)
     batch, stacked = _probe(network, examples)
     loop, reasons = LoopLane(network.model), []
-    wanted = [_gradients(network, loop, batch, stacked, mode) for mode in (False, True)]
+    try:
+        wanted = [_gradients(network, loop, batch, stacked, mode) for mode in (False, True)]
+    except Exception as error:
+        raise FedpeftError(
+            f"adapter.kind={kind!r} does not run on this model and task: {_first_line(error)}. Use "
+            f"another adapter or model.name."
+        ) from error
     again = _gradients(network, loop, batch, stacked, True, seed=1)
     fixed = gap(again, wanted[1]) <= TOLERANCE
     for lane_kind in () if _barred(network.model) else (FoldLane, VmapLane):

@@ -281,7 +281,10 @@ def _lstm(module: nn.LSTM, x: Tensor) -> Tensor:
 
 
 def _prompt_encoder(module: Any, indices: Tensor) -> Tensor:
-    """P-tuning. Cause: the LSTM kernel has no batching rule (p_tuning/model.py:117)."""
+    """P-tuning. Cause: the LSTM kernel has no batching rule (p_tuning/model.py:117).
+
+    cuDNN's has no backward in eval mode either, so that ``LoopLane`` uses this one too.
+    """
     if module.encoder_type != "LSTM":
         plain: Tensor = _PROMPT_ENCODER(module, indices)
         return plain
@@ -299,7 +302,7 @@ _PROMPT_ENCODER: Callable[..., Tensor] = PromptEncoder.forward
 class Patch:
     """In models that hold a ``layer``, ``owner.name`` (class or module) becomes ``stand_in``.
 
-    corrects: peft's own is wrong, or writes into clients' tensors, so that no lane may use it.
+    corrects: peft's own is wrong or fails alone too, so that no lane may use it.
     """
 
     layer: type[Any]
@@ -327,7 +330,7 @@ PATCHES = (
     Patch(
         MontecloraSampler, variants.MontecloraLinearVariant, "forward", staticmethod(_monteclora)
     ),
-    Patch(PromptEncoder, PromptEncoder, "forward", _prompt_encoder),
+    Patch(PromptEncoder, PromptEncoder, "forward", _prompt_encoder, corrects=True),
 )
 """Every stand-in, with the layer that needs it."""
 

@@ -11,6 +11,7 @@ from torch import nn
 from fedpeft.cohort import lanes, patches
 from fedpeft.cohort.choose import choose_lane, gap
 from fedpeft.cohort.lanes import FoldLane
+from fedpeft.errors import FedpeftError
 from tests.tuners import ROWS, examples, network
 
 
@@ -73,3 +74,14 @@ def test_an_attempt_that_leaves_the_model_changed_is_an_error(
     monkeypatch.setattr(lanes.VmapLane, "logits", spoils)
     with pytest.raises(RuntimeError, match="changed the model"):
         choose_lane(net, examples("classification"))
+
+
+def test_an_adapter_that_does_not_run_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: lanes.LoopLane, stacked: object, batch: object) -> None:
+        raise KeyError("task_ids")
+
+    monkeypatch.setattr(lanes.LoopLane, "run", fails)
+    with pytest.raises(
+        FedpeftError, match=r"adapter\.kind='lora' does not run .* KeyError: 'task_"
+    ):
+        choose_lane(network(ROWS["lora"]), examples("classification"))

@@ -114,3 +114,10 @@ def test_module_dropout_drops_the_whole_adapter_or_nothing(kind: str) -> None:
     dropped = sum(torch.equal(y, bare) for y in drawn)
     kept = sum(torch.allclose(y, full) for y in drawn)
     assert dropped + kept == 40 and 10 < dropped < 30
+
+
+def test_the_lstm_step_by_step_is_torchs() -> None:
+    torch.manual_seed(0)
+    module = nn.LSTM(6, 4, num_layers=2, batch_first=True, bidirectional=True)
+    x = torch.randn(3, 5, 6)
+    assert torch.allclose(patches._lstm(module, x), module(x)[0], atol=1e-6)
