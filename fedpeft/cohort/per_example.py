@@ -170,6 +170,7 @@ class PerExample:
     """Clipped per-example gradients of what ``gradients`` trains on."""
 
     def __init__(self, gradients: Gradients, budget: Budget | None = None) -> None:
+        self._gradients = gradients
         self.lane = gradients.lane
         self.task = gradients.task
         self.examples = gradients.examples
@@ -184,7 +185,7 @@ class PerExample:
         """Mean over each client's examples of their clipped gradients ``[K, P]``, and of losses.
 
         Arguments as of ``Gradients.step``. The losses ``[a]`` are means over the examples whose
-        gradient is finite.
+        gradient is finite. The tuner's own penalty, which holds no data, is not clipped.
         """
         found = self.clipped(matrix, layout, index, scale)
         counts = torch.from_numpy((index >= 0).sum(1)).to(self.device)
@@ -192,7 +193,8 @@ class PerExample:
         gradient[: len(index)] /= counts.clamp(min=1)[:, None]
         finite = torch.isfinite(found.norms)
         losses = found.losses.masked_fill(~finite, 0.0).sum(1)
-        return gradient, losses / (counts - found.skipped).clamp(min=1)
+        mean = losses / (counts - found.skipped).clamp(min=1)
+        return self._gradients.regularise(matrix, layout, gradient, mean)
 
     def clipped(self, matrix: Tensor, layout: Layout, index: np.ndarray, scale: Tensor) -> Clipped:
         """Sums of the gradients of the clients' examples, each clipped to ``local.clip_norm``.
