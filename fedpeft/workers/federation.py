@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 
 import numpy as np
 
@@ -59,7 +58,8 @@ class WorkersFederation:
         for shard, items in self._play("train", round, messages):
             for item in items:
                 if isinstance(item, Averaged):
-                    yield replace(item.partial, replies=unpack_messages(item.replies))
+                    replies = unpack_messages(item.replies)
+                    yield Partial(replies, item.clients, item.up, item.excluded)
                 elif isinstance(item, Parcel):
                     yield unpack_messages(item)
                 elif isinstance(item, Failure):

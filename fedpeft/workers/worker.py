@@ -6,16 +6,17 @@ Runs in a process of its own, or, in tests, in this one; it knows nothing of Ray
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from fedpeft.cohort.federation import CohortFederation, client_weights
+from fedpeft.comms.ledger import Bytes
 from fedpeft.config import Recipe
 from fedpeft.errors import FedpeftError
-from fedpeft.federation import Failure, Partial
+from fedpeft.federation import Failure
 from fedpeft.intake import Intake
 from fedpeft.metrics import Score
 from fedpeft.prepare import Prepared, prepare
@@ -70,10 +71,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Averaged:
-    """A Partial whose replies are a Parcel."""
+    """A Partial as arrays."""
 
     replies: Parcel
-    partial: Partial
+    clients: int
+    up: Bytes
+    excluded: Mapping[str, str]
 
 
 Item = Parcel | Averaged | Failure | dict[str, Score]
@@ -140,8 +143,7 @@ def _train(
     like = prepared.strategy.expects(messages[0])
     intake = Intake(like, dict(zip(messages.clients, weights.tolist(), strict=True)))
     found = intake.partial(stream, task.name)
-    bare = Partial(Messages(()), found.clients, found.up, found.excluded)
-    yield Averaged(pack_messages(found.replies), bare)
+    yield Averaged(pack_messages(found.replies), found.clients, found.up, found.excluded)
 
 
 def _check(own: Digests, wanted: Digests) -> None:
