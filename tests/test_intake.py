@@ -32,8 +32,7 @@ def replies(names: list[str], nan: str = "") -> Messages:
 
 
 def intake() -> Intake:
-    (like,) = [replies(["c0"])[0].trees]
-    return Intake(like, WEIGHTS)
+    return Intake(replies(["c0"])[0].trees, WEIGHTS)
 
 
 def test_an_average_is_the_mean_by_weight_with_the_total_weight() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,14 +29,12 @@ from fedpeft.metrics import Score
 from fedpeft.prepare import prepare
 from fedpeft.run import resume, run
 from fedpeft.workers.federation import WorkersFederation
-from fedpeft.workers.ray_pool import opened
+from fedpeft.workers.ray_pool import Needs, RayPool, opened
+from fedpeft.workers.worker import Digests
 from tests.tiny import tiny_recipe, write_tiny
 
-pytestmark = [
-    pytest.mark.slow,
-    # Ray neither closes its handles on /dev/null nor asks its ended processes for their exit status
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+# Ray neither closes its handles on /dev/null nor asks its ended processes for their exit status.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
 @pytest.fixture
@@ -89,6 +90,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_on_two_workers_is_the_run_in_one_process_and_resumes_bit_by_bit(
     files: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +120,7 @@ def test_a_run_on_two_workers_is_the_run_in_one_process_and_resumes_bit_by_bit(
     assert all(torch.equal(again[name], value) for name, value in apart.items())
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced_and_one_that_keeps_dying_costs_its_clients(
     files: Path,
 ) -> None:
@@ -145,6 +148,7 @@ def test_a_worker_that_dies_is_replaced_and_one_that_keeps_dying_costs_its_clien
         assert "lower engine.chunk" in reason
 
 
+@pytest.mark.slow
 def test_other_data_and_too_small_a_cluster_are_refused_and_a_running_ray_is_left_running(
     files: Path,
 ) -> None:
@@ -163,6 +167,7 @@ def test_other_data_and_too_small_a_cluster_are_refused_and_a_running_ray_is_lef
     assert left_behind() == [] and not ray.is_initialized()
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_refused_with_the_way_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -171,3 +176,47 @@ def test_a_cluster_that_is_not_there_is_refused_with_the_way_out(
     with refused, cluster.connected(cpus=2, gpus=0, threads=1):
         pass
     assert left_behind() == []
+
+
+def test_ray_is_not_loaded_for_one_worker() -> None:
+    code = "import fedpeft.run, fedpeft.workers.federation, sys; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def pool_of(monkeypatch: pytest.MonkeyPatch, workers: int, cluster: dict[str, float]) -> RayPool:
+    """A pool whose actors are numbers, on a cluster with so much."""
+    fresh = itertools.count(10)
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
+    monkeypatch.setattr(RayPool, "_begin", lambda self: next(fresh))
+    pool = RayPool(Recipe(), Digests("", "", ""), Needs(workers, 1, 1))
+    pool._actors = list(range(workers))
+    return pool
+
+
+def test_a_worker_whose_node_is_gone_leaves_its_shards_to_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = pool_of(monkeypatch, 3, {"CPU": 8.0, "GPU": 3.0})
+    pool.replace(1)
+    assert pool._actors == [0, 10, 2]
+    pool = pool_of(monkeypatch, 3, {"CPU": 8.0, "GPU": 2.0})
+    pool.replace(2)
+    assert pool._actors == [0, 1, 0]
+    pool.replace(0)  # the one that did the work of two: there is room for one beside worker 1
+    assert pool._actors == [10, 1, 0]
+
+
+def test_a_worker_has_a_gpu_and_a_core_or_its_share_of_the_threads(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(recipe(files, 3))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    needs = Needs.of(prepared)
+    assert needs == Needs(3, cpus=2, gpus=0)
+    wanted = Engine(chunk=2, threads=2, device="cpu", workers=1)
+    assert needs.recipe(prepared).engine == wanted
+    network = dataclasses.replace(prepared.network, device=torch.device("cuda"))
+    needs = Needs.of(dataclasses.replace(prepared, network=network))
+    assert needs == Needs(3, cpus=1, gpus=1)
+    assert needs.recipe(prepared).engine.device == "cuda:0"
