@@ -34,7 +34,8 @@ class WorkersFederation:
     """The clients of ``prepared``, trained by a pool; see ``fedpeft.federation.Federation``.
 
     The result is that of one process up to the rounding of float32, and the same bits for the same
-    number of workers. Private memory is kept here; strategies that remember get it with each shard.
+    number of workers. (With dropout the draws depend on who shares a chunk, so on the number of
+    workers too.) Private memory is kept here; strategies that remember get it with each shard.
     Replies of strategies that are not linear come back whole.
 
     on_chunk: called after each shard with (clients done in it, tokens trained in it).
