@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,6 +20,9 @@ from fedpeft.errors import FedpeftError
 REAP = 30.0
 """Seconds that Ray's own processes may take to end; they need one or two."""
 
+REACH = 10.0
+"""Seconds in which the head of a cluster must answer."""
+
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; without it, it warns
@@ -30,8 +34,8 @@ def connected(cpus: int, gpus: int, threads: int) -> Iterator[None]:
     """Ray in this process, for as long as the block lasts.
 
     The Ray that runs in this process already, and is left running; else the cluster that the
-    environment variable ``RAY_ADDRESS`` names (``auto``: the one of this machine); else a local one
-    with so many CPU cores and GPUs. Raises FedpeftError where the cluster cannot be joined.
+    environment variable ``RAY_ADDRESS`` names (HOST:PORT of its head); else a local one with so
+    many CPU cores and GPUs. Raises FedpeftError where the cluster cannot be joined.
     """
     if ray.is_initialized():
         yield
@@ -69,10 +73,13 @@ def start(cpus: int, gpus: int | None, threads: int) -> None:
 
 
 def _join(address: str) -> None:
+    host, _, port = address.rpartition(":")
     try:
+        if port.isdecimal():  # Ray itself would try for ten minutes
+            socket.create_connection((host, int(port)), timeout=REACH).close()
         with environment(_QUIET):
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise FedpeftError(
             f"RAY_ADDRESS={address!r} names no Ray cluster that can be joined: {reason} Start it "

@@ -12,7 +12,7 @@ several machines, join them first, and tell the run where the cluster is::
 
     machine-0$ ray start --head --port=6379
     machine-1$ ray start --address=machine-0:6379
-    machine-0$ RAY_ADDRESS=auto fedpeft run recipe.yaml engine.workers=16
+    machine-0$ RAY_ADDRESS=machine-0:6379 fedpeft run recipe.yaml engine.workers=16
 
 All machines need the same Python, fedpeft and dependencies (and the module of a strategy of your
 own), and find model and data under the names that the recipe gives: a shared folder, or each its
