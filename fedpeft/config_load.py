@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from fedpeft import strategy as strategies
-from fedpeft.config import Data, Model, Recipe
+from fedpeft.config import Data, Engine, Model, Recipe
 from fedpeft.errors import FedpeftError, suggest
 
 Layer = dict[str, Any]
@@ -179,6 +179,7 @@ def check(recipe: Recipe) -> None:
         raise FedpeftError(
             "partition.clients=0 must be at least 1; only partition.kind=natural takes 0 (all)."
         )
+    _check_workers(recipe.engine)
     if not _DEVICE.fullmatch(recipe.engine.device):
         raise FedpeftError(
             f"engine.device={recipe.engine.device!r} must be auto, cpu, cuda or cuda:N."
@@ -188,6 +189,19 @@ def check(recipe: Recipe) -> None:
         if not isinstance(name, str) or not name:
             raise FedpeftError(f"{section}.{tag}={name!r} must be a name, e.g. {_example(section)}")
     load_strategy(recipe)
+
+
+def _check_workers(engine: Engine) -> None:
+    if engine.workers > 1 and engine.kind == "sequential":
+        raise FedpeftError(
+            f"engine.workers={engine.workers} with engine.kind=sequential, which trains one client "
+            f"after another: use engine.kind=cohort, or engine.workers=0."
+        )
+    if engine.workers > 1 and engine.kind == "cohort" and engine.device.startswith("cuda:"):
+        raise FedpeftError(
+            f"engine.workers={engine.workers} with engine.device={engine.device!r}: each worker "
+            f"has a GPU of its own. Use engine.device=cuda, or engine.workers=0."
+        )
 
 
 def _read_builtin(name: str) -> str:

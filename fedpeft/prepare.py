@@ -64,7 +64,17 @@ class Prepared:
         """Clients in flight at once."""
         if isinstance(self.lane, LoopLane):
             return 1
-        return self.recipe.engine.chunk or choose(self.network, self.gradients)
+        wanted = self.recipe.engine.chunk
+        return wanted or choose(self.network, self.gradients, self.workers)
+
+    @property
+    def workers(self) -> int:
+        """Processes of ``engine.kind=cohort`` that train at once; 1 is this one, without Ray."""
+        engine, device = self.recipe.engine, self.network.device
+        if engine.kind != "cohort":
+            return 1
+        every = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
+        return engine.workers or max(1, every)
 
     def federation(self, on_chunk: Callable[[int, int], None] | None = None) -> CohortFederation:
         """The in-process federation of the run's clients; ``on_chunk`` as in CohortFederation."""
@@ -83,11 +93,13 @@ class Prepared:
 
         So a resume computes the same sums in the same order.
         """
+        engine = self.recipe.engine
         engine = dataclasses.replace(
-            self.recipe.engine,
+            engine,
             chunk=self.chunk,
             device=str(self.network.device),
             threads=torch.get_num_threads(),
+            workers=engine.workers if engine.kind == "flower" else self.workers,
         )
         return dataclasses.replace(self.recipe, engine=engine)
 

@@ -297,3 +297,22 @@ def test_a_recipe_made_in_python_is_checked_alike() -> None:
         check(Recipe(engine=Engine(chunk=-2)))
     with pytest.raises(FedpeftError, match=r"strategy\.name=None must be a name"):
         check(Recipe(strategy={}))
+
+
+def test_workers_fit_the_engine_and_the_device() -> None:
+    for kind, device in (
+        ("cohort", "auto"),
+        ("cohort", "cuda"),
+        ("cohort", "cpu"),
+        ("flower", "cuda:1"),
+    ):
+        check(Recipe(engine=Engine(kind=kind, device=device, workers=4)))  # type: ignore[arg-type]
+    check(Recipe(engine=Engine(kind="sequential", workers=1)))
+    with pytest.raises(
+        FedpeftError, match=r"engine\.workers=2 with engine\.kind=sequential.*cohort"
+    ):
+        check(Recipe(engine=Engine(kind="sequential", workers=2)))
+    with pytest.raises(
+        FedpeftError, match=r"engine\.workers=2 with engine\.device='cuda:1'.*=cuda,"
+    ):
+        check(Recipe(engine=Engine(device="cuda:1", workers=2)))

@@ -53,8 +53,11 @@ class MemoryEstimate:
     free: int
 
 
-def estimate(network: Network, gradients: Gradients) -> MemoryEstimate:
-    """Measures the memory of one client with the longest rows there are."""
+def estimate(network: Network, gradients: Gradients, workers: int = 1) -> MemoryEstimate:
+    """Measures the memory of one client with the longest rows there are.
+
+    workers: processes that share this machine's memory (each GPU has its own).
+    """
     local, size = gradients.local, network.layout.size
     moments = 2 if local.optimizer == "adamw" else int(local.momentum > 0)
     waiting = 2 * (1 if isinstance(gradients.lane, LoopLane) else COHORT)
@@ -66,9 +69,9 @@ def estimate(network: Network, gradients: Gradients) -> MemoryEstimate:
         config: Any = network.model.config
         inputs = 4 * blocks * tokens * int(config.hidden_size)
         kept += inputs + (whole - kept) // blocks
-    return MemoryEstimate(
-        int(MARGIN[network.device.type] * kept) + state, free_memory(network.device)
-    )
+    kind = network.device.type
+    free = free_memory(network.device) // (workers if kind == "cpu" else 1)
+    return MemoryEstimate(int(MARGIN[kind] * kept) + state, free)
 
 
 def kept_for_backward(network: Network, gradients: Gradients, training: bool = True) -> int:
@@ -102,14 +105,14 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def choose(network: Network, gradients: Gradients) -> int:
+def choose(network: Network, gradients: Gradients, workers: int = 1) -> int:
     """Clients in flight: enough to keep the device busy, within SHARE of the free memory.
 
-    On a GPU, where the best number depends on the card, the numbers up to the bound are tried.
+    workers: as in ``estimate``. On a GPU, where the best number depends on the card, the numbers up to the bound are tried.
     """
     if isinstance(gradients.lane, LoopLane):
         return 1
-    need, kind = estimate(network, gradients), network.device.type
+    need, kind = estimate(network, gradients, workers), network.device.type
     tokens = max(1, gradients.local.batch_size * int(gradients.examples.lengths.max()))
     by_tokens = max(1, min(MOST[kind], round(TOKENS[kind] / tokens)))
     by_memory = max(1, int(SHARE * need.free / max(1, need.per_client)))

@@ -40,6 +40,7 @@ def test_memory_bounds_the_chunk_and_one_client_always_runs(
     need = estimate(net, at).per_client
     monkeypatch.setattr(chunk, "free_memory", lambda device: 6 * need + 1)
     assert choose(net, at) == 3  # half of what is free
+    assert choose(net, at, workers=3) == 1  # in a third of it
     monkeypatch.setattr(chunk, "free_memory", lambda device: 0)
     assert choose(net, at) == 1
 
