@@ -108,7 +108,8 @@ def free_memory(device: torch.device) -> int:
 def choose(network: Network, gradients: Gradients, workers: int = 1) -> int:
     """Clients in flight: enough to keep the device busy, within SHARE of the free memory.
 
-    workers: as in ``estimate``. On a GPU, where the best number depends on the card, the numbers up to the bound are tried.
+    workers: as in ``estimate``. On a GPU, where the best number depends on the card, numbers up to
+    the bound are tried.
     """
     if isinstance(gradients.lane, LoopLane):
         return 1
