@@ -1,7 +1,8 @@
 """What a federated run is compared with, and the scores of any trained federation.
 
 ``untrained``: the adapter as initialised. ``local``: every client alone. ``centralised``: all data
-in one place. The trained ones get the training that the federated run gave each client, in one go.
+in one place. The trained ones get the training that the federated run gave each client, in one go,
+and are computed in this process, whatever ``engine.kind`` and ``engine.workers``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fedpeft.federation import Failure, Federation
 from fedpeft.metrics import Score
 from fedpeft.prepare import Prepared, as_baseline
 from fedpeft.tree import Tree
+from fedpeft.workers.federation import WorkersFederation
 
 NOTHING = Score(0, math.nan, math.nan, math.nan)
 """The score where there is nothing to measure."""
@@ -68,12 +70,12 @@ def test_score(prepared: Prepared, federation: Federation, state: Any) -> Score:
     """The global adapter on the test set.
 
     Without a global adapter: the mean over the clients' adapters on a sample of the test set
-    (``evaluation.local_test`` examples); in process only, else NaN.
+    (``evaluation.local_test`` examples); NaN on Flower, whose nodes do not have it.
     """
     population, strategy = prepared.population, prepared.strategy
     if strategy.shares:
         return score(prepared.network, prepared.lane, strategy.adapter(state), population.test)
-    if not isinstance(federation, CohortFederation):
+    if not isinstance(federation, CohortFederation | WorkersFederation):
         return NOTHING
     rounds, limit = prepared.recipe.rounds.count, prepared.recipe.evaluation.local_test
     index = np.arange(len(population.test), dtype=np.int64)
@@ -81,7 +83,7 @@ def test_score(prepared: Prepared, federation: Federation, state: Any) -> Score:
         stream = streams.numpy_stream(prepared.recipe.seed, "local test")
         index = np.sort(stream.choice(len(index), size=limit, replace=False))
     messages = strategy.send(state, rounds, tuple(federation.clients()))
-    found = _collect(federation.evaluate_on(rounds, messages, population.test, index))
+    found = _collect(federation.evaluate_test(rounds, messages, index))
     return mean_score(list(found.values()))
 
 

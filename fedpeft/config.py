@@ -153,10 +153,11 @@ class Engine:
     kind: ``cohort`` (clients batched through one base), ``sequential`` (one after another) or
     ``flower`` (Flower's simulation on Ray). chunk: clients in flight (0: planned by memory).
     device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``. threads: torch threads (0: torch's choice).
-    workers: of ``cohort``, processes with one base model each, through Ray (0: one per GPU); of
-    ``flower``, concurrent clients (0: one per CPU core). compile: torch.compile of the training
-    step; ``graphs`` also replays it as CUDA graphs. checkpointing: recompute the base's
-    activations in the backward pass instead of keeping them.
+    workers: of ``cohort``, processes with one base model each, through Ray (0: one per GPU; 1: this
+    process, without Ray), which share ``threads`` on the CPU; of ``flower``, concurrent clients (0:
+    one per CPU core). compile: torch.compile of the training step; ``graphs`` also replays it as
+    CUDA graphs. checkpointing: recompute the base's activations in the backward pass instead of
+    keeping them.
     """
 
     kind: Literal["cohort", "sequential", "flower"] = "cohort"

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from fedpeft import strategy as strategies
-from fedpeft.config import Data, Model, Recipe
+from fedpeft.config import Data, Engine, Model, Recipe
 from fedpeft.errors import FedpeftError, suggest
 
 Layer = dict[str, Any]
@@ -165,10 +165,21 @@ def check(recipe: Recipe) -> None:
             raise FedpeftError(f"{key}={value!r} must be {rule.text}.")
     if recipe.local.epochs == 0 and recipe.local.steps == 0:
         raise FedpeftError("local.epochs=0 needs local.steps to be at least 1: nothing is trained.")
+    if recipe.local.clip_per == "example" and recipe.local.clip_norm == 0:
+        raise FedpeftError(
+            "local.clip_per='example' needs local.clip_norm above 0, the bound of each example's "
+            "gradient: set local.clip_norm, or leave local.clip_per=client."
+        )
+    if recipe.local.clip_per == "example" and recipe.engine.compile != "none":
+        raise FedpeftError(
+            f"engine.compile={recipe.engine.compile} with local.clip_per=example: the passes of "
+            f"per-example clipping have too many shapes to compile. Set engine.compile=none."
+        )
     if recipe.partition.kind != "natural" and recipe.partition.clients == 0:
         raise FedpeftError(
             "partition.clients=0 must be at least 1; only partition.kind=natural takes 0 (all)."
         )
+    _check_workers(recipe.engine)
     if not _DEVICE.fullmatch(recipe.engine.device):
         raise FedpeftError(
             f"engine.device={recipe.engine.device!r} must be auto, cpu, cuda or cuda:N."
@@ -178,6 +189,19 @@ def check(recipe: Recipe) -> None:
         if not isinstance(name, str) or not name:
             raise FedpeftError(f"{section}.{tag}={name!r} must be a name, e.g. {_example(section)}")
     load_strategy(recipe)
+
+
+def _check_workers(engine: Engine) -> None:
+    if engine.workers > 1 and engine.kind == "sequential":
+        raise FedpeftError(
+            f"engine.workers={engine.workers} with engine.kind=sequential, which trains one client "
+            f"after another: use engine.kind=cohort, or engine.workers=0."
+        )
+    if engine.workers > 1 and engine.kind == "cohort" and engine.device.startswith("cuda:"):
+        raise FedpeftError(
+            f"engine.workers={engine.workers} with engine.device={engine.device!r}: each worker "
+            f"has a GPU of its own. Use engine.device=cuda, or engine.workers=0."
+        )
 
 
 def _read_builtin(name: str) -> str:

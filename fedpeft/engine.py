@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fedpeft import sampling
@@ -13,10 +13,9 @@ from fedpeft.cohort.federation import client_weights
 from fedpeft.comms.ledger import Bytes, stack_bytes
 from fedpeft.config import Rounds
 from fedpeft.errors import QuorumError
-from fedpeft.federation import Failure, Federation
+from fedpeft.federation import Federation
+from fedpeft.intake import Intake
 from fedpeft.strategy import Messages, Strategy
-from fedpeft.tree import Tree
-from fedpeft.validate import check_stack
 
 
 @dataclass(frozen=True)
@@ -37,39 +36,6 @@ class RoundReport:
     down: Bytes
     up: Bytes
     seconds: float
-
-
-@dataclass
-class _Intake:
-    """Checks replies as they stream into ``receive``, and keeps the round's books."""
-
-    like: Mapping[str, Tree]
-    weights: Mapping[str, float]
-    excluded: dict[str, str] = field(default_factory=dict)
-    up: Bytes = field(default_factory=dict)
-    replied: int = 0
-    loss_sum: float = 0.0
-    weight_sum: float = 0.0
-
-    def stream(self, replies: Iterator[Messages | Failure]) -> Iterator[Messages]:
-        for reply in replies:
-            if isinstance(reply, Failure):
-                self.excluded[reply.client] = reply.reason
-                continue
-            for kind, size in stack_bytes(reply).items():
-                self.up[kind] = self.up.get(kind, 0) + size
-            good, reasons = check_stack(reply, self.like, self.weights)
-            self.excluded.update(reasons)
-            if len(good):
-                self._count(good)
-                yield good
-
-    def _count(self, good: Messages) -> None:
-        self.replied += len(good)
-        weight = good.scalars["weight"]
-        self.weight_sum += float(weight.sum())
-        if "loss" in good.scalars:
-            self.loss_sum += float((weight * good.scalars["loss"]).sum())
 
 
 def play_round(
@@ -100,7 +66,7 @@ def play_round(
     messages = sent.rows(present)
     weight = client_weights([sizes[n] for n in messages.clients], rounds)
     like = strategy.expects(messages[0])
-    intake = _Intake(like, dict(zip(messages.clients, weight.tolist(), strict=True)))
+    intake = Intake(like, dict(zip(messages.clients, weight.tolist(), strict=True)))
     stream = intake.stream(federation.run(number, messages))
     first = next(stream, None)
     after = state if first is None else strategy.receive(state, _chain(first, stream))

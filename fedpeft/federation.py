@@ -1,6 +1,7 @@
 """The seam to the world: a Federation names the clients and trains one round's messages.
 
 Three implementations: ``CohortFederation`` (in process, clients batched or one after another),
+``fedpeft.workers.WorkersFederation`` (the same in several processes, one per GPU) and
 ``fedpeft.flower.FlowerFederation`` (Flower's simulation runtime or real SuperNodes).
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from fedpeft.comms.ledger import Bytes
 from fedpeft.metrics import Score
 from fedpeft.strategy import Messages
 from fedpeft.tree import Tree
@@ -23,16 +25,33 @@ class Failure:
     reason: str
 
 
+@dataclass(frozen=True)
+class Partial:
+    """The replies of several clients to a linear strategy, checked and averaged by weight.
+
+    replies: one row that stands for all of them, as ``fedpeft.intake.average`` makes it; no row
+    where none was valid. clients: how many it stands for. up: bytes delivered by kind, refused
+    replies included. excluded: client -> why its training failed or its reply was refused.
+    """
+
+    replies: Messages
+    clients: int
+    up: Bytes
+    excluded: Mapping[str, str]
+
+
 class Federation(Protocol):
     """Who can take part, and how a round's messages get trained."""
 
     def clients(self) -> Mapping[str, int]:
         """Stable client names (never transport ids) -> number of training examples, sorted."""
 
-    def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure]:
+    def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure | Partial]:
         """Trains the clients of ``messages``; yields stacks of replies and failures.
 
-        Stacks come in the order of ``messages.clients``; every client appears exactly once.
+        Every client appears exactly once, in an order that ``messages`` alone decides: that of
+        ``messages.clients``, or shard by shard. For a linear strategy a shard's replies may come
+        as one Partial.
         """
 
     def evaluate(self, round: int, messages: Messages) -> Iterator[dict[str, Score] | Failure]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from fedpeft import streams
 from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.optimizer import RowOptimizer
+from fedpeft.cohort.per_example import step_function
 from fedpeft.cohort.turns import IDLE, Turn, turns
 from fedpeft.config import Local
 from fedpeft.strategy import Adjust, Fit
@@ -105,14 +106,14 @@ class Trainer:
         clients = layout.pack(start).to(device, torch.float32)  # [K, P], where each client is now
         steps = torch.tensor([len(plan) for plan in plans])
         total = torch.zeros(len(plans), device=device)
-        rows = _Rows(clients, local)
+        rows, step = _Rows(clients, local), step_function(gradients)
         for turn, following in _with_next(
             turns(plans, self.width, gradients.lane.compiled != "none")
         ):
             rows.seat(turn, own or {})
-            if following is not None:
+            if following is not None and local.clip_per == "client":
                 gradients.loader.ahead(following.index)
-            gradient, losses = gradients.step(rows.matrix, layout, turn.index, rows.scale)
+            gradient, losses = step(rows.matrix, layout, turn.index, rows.scale)
             if local.clip_norm > 0 and local.clip_per == "client":
                 gradient = clip_rows(gradient, local.clip_norm)
             if adjust is not None:

@@ -22,13 +22,13 @@ import torch
 import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fedpeft import quantize, streams, tree
+from fedpeft import quantize, streams, tree, tuners
 from fedpeft.config import Model
 from fedpeft.data.clients import Task
 from fedpeft.errors import FedpeftError, suggest
@@ -36,6 +36,10 @@ from fedpeft.tree import Layout, Tree
 
 BUILT_IN = {"classification": "tiny-encoder", "causal_lm": "tiny-decoder"}
 """The folder under ``fedpeft/models`` that ``fedpeft-tiny`` stands for, by task."""
+
+
+RAW = "trainable.safetensors"
+"""Beside peft's file, for kinds whose file is not enough to go on training from."""
 
 
 class MeanPoolClassifier(nn.Module):
@@ -173,10 +177,11 @@ def adapter_config(settings: Mapping[str, Any], task: Task) -> peft.PeftConfig:
             raise FedpeftError(
                 f"adapter.{key} is not a setting of {kinds[kind].__name__}. {suggest(key, known)}"
             )
+    tuners.check_start(own)
     own["task_type"] = "SEQ_CLS" if task == "classification" else "CAUSAL_LM"
     try:
         return kinds[kind](**own)
-    except (TypeError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise FedpeftError(f"adapter {dict(settings)!r} is refused by peft: {error}") from error
 
 
@@ -186,13 +191,16 @@ def attach(base: nn.Module, settings: Mapping[str, Any], task: Task, seed: int) 
     Raises FedpeftError when the base has none of the target modules.
     """
     config = adapter_config(settings, task)
+    tuners.note_limits(config)
+    if config.peft_type == peft.PeftType.XLORA:
+        base.config.use_cache = False  # type: ignore[union-attr]
     with torch.random.fork_rng(), warnings.catch_warnings():
         # peft 0.21 still asks transformers by a name that it renamed
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         torch.manual_seed(streams.derive(seed, "adapter"))
         try:
             model = peft.get_peft_model(base, config)
-        except ValueError as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             leaves = {
                 name.rsplit(".", 1)[-1]
                 for name, module in base.named_modules()
@@ -206,6 +214,7 @@ def attach(base: nn.Module, settings: Mapping[str, Any], task: Task, seed: int) 
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    tuners.answer_task(model)
     return model
 
 
@@ -216,7 +225,7 @@ def set_mode(model: nn.Module, training: bool, base_dropout: bool) -> None:
     """
     model.train(training and base_dropout)
     for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, tuners.ADAPTERS):
             module.train(training)
         elif isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = training  # its own flag: the dropout below it is the base's
@@ -305,6 +314,11 @@ def _load_start(model: nn.Module, folder: str, digest: str) -> None:
                 f"adapter.start={folder!r} was trained on another base model (digest {other}, here "
                 f"{digest}): set model.name to the base that the adapter belongs to."
             )
+    assert isinstance(model, peft.PeftModel)
+    config = model.active_peft_config
+    if tuners.keeps_less(config):
+        _load_raw(model, path / RAW)
+        return
     weights = peft.load_peft_weights(str(path), device="cpu")
     try:
         found: Any = peft.set_peft_model_state_dict(model, weights)
@@ -312,17 +326,41 @@ def _load_start(model: nn.Module, folder: str, digest: str) -> None:
         raise FedpeftError(
             f"adapter.start={folder!r} does not fit this model and adapter: {error}"
         ) from error
-    if found.unexpected_keys:
+    known = tuners.PROMPT_KEYS if config.is_prompt_learning else set()
+    unknown = sorted(set(found.unexpected_keys) - known)
+    if unknown:
         raise FedpeftError(
             f"adapter.start={folder!r} holds tensors that this model and adapter do not have: "
-            f"{sorted(found.unexpected_keys)[:3]}. Use the adapter settings it was trained with."
+            f"{unknown[:3]}. Use the adapter settings it was trained with."
         )
+
+
+def _load_raw(model: nn.Module, path: Path) -> None:
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not path.is_file():
+        raise FedpeftError(
+            f"adapter.start={str(path.parent)!r} holds no {RAW}: peft's own file of this adapter "
+            f"kind is not enough to go on training. Give the folder of a fedpeft run (RUN/adapter)."
+        )
+    values = load_file(path)
+    try:
+        tree.check_same({name: p.detach() for name, p in own.items()}, values, "model and file")
+    except ValueError as error:
+        raise FedpeftError(
+            f"adapter.start={str(path.parent)!r} does not fit this model and adapter: {error}. Use "
+            f"the adapter settings it was trained with."
+        ) from error
+    with torch.no_grad():
+        for name, value in values.items():
+            own[name].copy_(value)
 
 
 def save_adapter(network: Network, values: Tree, folder: Path, base_name: str) -> None:
     """Writes a complete adapter in the format that ``peft.PeftModel.from_pretrained`` loads.
 
-    Beside peft's files ``fedpeft.json`` names the base model's digest.
+    Beside peft's files ``fedpeft.json`` names the base model's digest. Where peft's file is not
+    enough to go on training from, the trainable tensors lie in ``trainable.safetensors``; where
+    peft would load another model than this, a warning says so.
     """
     tree.check_same(network.initial, {n: v.cpu() for n, v in values.items()}, "the adapter")
     network.write(values)
@@ -330,5 +368,8 @@ def save_adapter(network: Network, values: Tree, folder: Path, base_name: str) -
     assert isinstance(model, peft.PeftModel)
     model.peft_config["default"].base_model_name_or_path = base_name
     model.save_pretrained(str(folder), save_embedding_layers=False)
+    tuners.note_export(model.active_peft_config)
+    if tuners.keeps_less(model.active_peft_config):
+        save_file({n: v.detach().cpu().contiguous() for n, v in values.items()}, folder / RAW)
     note = {"base_digest": network.digest, "base_model": base_name, "task": network.task}
     (folder / "fedpeft.json").write_text(json.dumps(note, indent=2) + "\n")

@@ -21,10 +21,12 @@ class Plan:
     clients: how many; sampled: expected per round. examples, steps: per client (smallest, median,
     largest); steps are optimizer steps per round. test: examples of the global test set.
     trainable: parameters by kind; frozen: of the base. down, up: bytes per client and round by
-    kind. tokens: expected per round. memory: estimate per client of a chunk, in bytes.
+    kind. tokens: expected per round. memory: estimate per client of a chunk, in bytes. workers:
+    processes with a chunk each (of Flower's engine: 1).
     """
 
     strategy: str
+    workers: int
     lane: str
     engine: str
     device: str
@@ -61,6 +63,7 @@ def make_plan(prepared: Prepared) -> Plan:
     scalars = {"weight": 0.0, "loss": 0.0}
     return Plan(
         strategy=str(recipe.strategy["name"]),
+        workers=prepared.workers,
         lane=prepared.lane.name,
         engine=recipe.engine.kind,
         device=str(network.device),
@@ -77,7 +80,7 @@ def make_plan(prepared: Prepared) -> Plan:
         down=stack_bytes(sent),
         up=message_bytes(type(sent[0])(reply, scalars)),
         tokens=round(tokens),
-        memory=estimate(network, prepared.gradients),
+        memory=estimate(network, prepared.gradients, prepared.workers),
     )
 
 

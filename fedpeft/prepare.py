@@ -17,6 +17,7 @@ from fedpeft.cohort.chunk import choose
 from fedpeft.cohort.federation import CohortFederation, Settings
 from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.lanes import Lane, LoopLane, speed_up
+from fedpeft.cohort.self_check import check_per_example
 from fedpeft.config import Recipe
 from fedpeft.data.build import build_population, pool
 from fedpeft.data.clients import Population
@@ -63,7 +64,17 @@ class Prepared:
         """Clients in flight at once."""
         if isinstance(self.lane, LoopLane):
             return 1
-        return self.recipe.engine.chunk or choose(self.network, self.gradients)
+        wanted = self.recipe.engine.chunk
+        return wanted or choose(self.network, self.gradients, self.workers)
+
+    @property
+    def workers(self) -> int:
+        """Processes of ``engine.kind=cohort`` that train at once; 1 is this one, without Ray."""
+        engine, device = self.recipe.engine, self.network.device
+        if engine.kind != "cohort":
+            return 1
+        every = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
+        return engine.workers or max(1, every)
 
     def federation(self, on_chunk: Callable[[int, int], None] | None = None) -> CohortFederation:
         """The in-process federation of the run's clients; ``on_chunk`` as in CohortFederation."""
@@ -82,11 +93,13 @@ class Prepared:
 
         So a resume computes the same sums in the same order.
         """
+        engine = self.recipe.engine
         engine = dataclasses.replace(
-            self.recipe.engine,
+            engine,
             chunk=self.chunk,
             device=str(self.network.device),
             threads=torch.get_num_threads(),
+            workers=engine.workers if engine.kind == "flower" else self.workers,
         )
         return dataclasses.replace(self.recipe, engine=engine)
 
@@ -145,7 +158,10 @@ def assemble(
     """What ``prepare`` makes of its parts, whatever they come from; chooses the lane."""
     looped = recipe.engine.kind == "sequential"
     lane = LoopLane(network.model) if looped else choose_lane(network, population.examples)
-    lane = speed_up(lane, recipe.engine, recipe.local.precision)
+    lane = speed_up(lane, recipe.engine)
+    adapter = str(recipe.adapter.get("kind", "lora"))
+    check_per_example(network, lane, population.examples, recipe.local, adapter)
+    lane.set_precision(recipe.local.precision)
     return Prepared(recipe, strategy, population, network, lane, tokenizer)
 
 

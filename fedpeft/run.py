@@ -28,6 +28,7 @@ from fedpeft.prepare import Prepared, prepare
 from fedpeft.record.checkpoint import Checkpoint, latest, save
 from fedpeft.record.folder import RunFolder
 from fedpeft.tree import Layout, Tree
+from fedpeft.workers.federation import WorkersFederation
 
 
 def run(recipe: Recipe, watcher: Watcher) -> Summary:
@@ -89,10 +90,20 @@ class _Job:
         recipe = self.prepared.recipe
         self.watcher.planned(make_plan(self.prepared), str(self.folder.path))
         self.watcher.stage(str(recipe.strategy["name"]), recipe.rounds.count)
-        own = self.prepared.federation(self.watcher.chunk_done)
-        on_flower = recipe.engine.kind == "flower"
-        outcome = self._on_flower() if on_flower else self._federate(own)
+        if recipe.engine.kind == "flower":
+            outcome = self._on_flower()
+        elif self.prepared.workers > 1:
+            outcome = self._on_workers()
+        else:
+            outcome = self._federate(self.prepared.federation(self.watcher.chunk_done))
         return self._finish(outcome, began)
+
+    def _on_workers(self) -> Outcome:
+        """The rounds in several processes; Ray is loaded only then."""
+        from fedpeft.workers.ray_pool import opened
+
+        with opened(self.prepared) as pool:
+            return self._federate(WorkersFederation(self.prepared, pool, self.watcher.chunk_done))
 
     def _on_flower(self) -> Outcome:
         """The rounds on Flower's simulation; Flower and Ray are loaded only then."""

@@ -257,6 +257,8 @@ class Strategy(ABC, Generic[S]):
     pools: a reference that trains on the union of all clients' data; not federated.
     remembers: clients keep private memory between rounds.
     shares: the result is one global adapter; without it every client ends with its own.
+    exact: with LoRA, the state after a round stands for the weighted mean of the clients' dense
+    updates, ``dW = sum_k p_k dW_k``; without it the mean of factors or something else.
     linear: ``receive`` reads replies only through means of their trees and scalars weighted by the
     scalar ``weight``; so replies may be averaged in parts, each part with its total weight.
     """
@@ -264,6 +266,7 @@ class Strategy(ABC, Generic[S]):
     pools: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
     shares: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
     linear: ClassVar[bool] = False
 
     @abstractmethod

@@ -119,9 +119,19 @@ def row(stacked: Tree, k: int) -> Tree:
 
 
 def rows(stacked: Tree, index: Sequence[int]) -> Tree:
-    """The stacked tree of the clients in ``index``."""
+    """The stacked tree of the clients in ``index``; what all clients share stays one copy."""
     where = torch.as_tensor(list(index), dtype=torch.long)
-    return {name: t.index_select(0, where.to(t.device)) for name, t in stacked.items()}
+    return {
+        name: t[:1].expand(len(where), *t.shape[1:])
+        if shared(t)
+        else t.index_select(0, where.to(t.device))
+        for name, t in stacked.items()
+    }
+
+
+def shared(stacked: Tensor) -> bool:
+    """Whether the rows of ``[K, *shape]``, K > 1, are views of one tensor, as of ``broadcast``."""
+    return len(stacked) > 1 and stacked.stride(0) == 0
 
 
 def select(tree: Tree, keep: Callable[[str], bool]) -> Tree:
@@ -199,8 +209,6 @@ class RunningMean:
 
     def add(self, stacked: Tree, weights: Tensor) -> None:
         """Adds K clients: ``stacked`` is ``[K, *shape]``, ``weights`` is ``[K]``, non-negative."""
-        if not stacked:
-            return
         one = row(stacked, 0)
         if self._sum is None:
             self._like = one

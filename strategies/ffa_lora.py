@@ -41,6 +41,7 @@ class FfaLora(Strategy[State]):
     ``orthonormal``, from the QR factors of a Gaussian matrix.
     """
 
+    exact: ClassVar[bool] = True
     linear: ClassVar[bool] = True
 
     init_a: Literal["kaiming", "orthonormal"] = "kaiming"

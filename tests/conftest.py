@@ -41,6 +41,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         outcome: sum(
             ("shared", True) in report.user_properties
             for report in terminalreporter.stats.get(outcome, [])
+            if isinstance(report, pytest.TestReport)  # and not a file that could not be read
         )
         for outcome in ("passed", "failed", "error", "skipped")
     }

@@ -163,7 +163,7 @@ OPTIONS = {
 def test_every_option_is_taken_and_a_mistyped_one_refused(key: str) -> None:
     for option in OPTIONS[key]:
         if key != "partition.kind" or option != "natural":
-            parse("", f"{key}={option}")
+            parse("", f"{key}={option}", "local.clip_norm=1.0")  # which clip_per=example needs
         typo = option + "x"
         assert typo not in OPTIONS[key]
         message = refusal(nested(key, typo))
@@ -276,6 +276,11 @@ def test_rules_over_several_keys() -> None:
     assert "partition.clients=0 must be at least 1; only" in refusal("", "partition.clients=0")
     assert "partition.clients=-1 must be at least 0" in refusal("", "partition.clients=-1")
     assert parse("", "partition.clients=0", "partition.kind=natural").partition.clients == 0
+    assert "local.clip_per='example' needs local.clip_norm above 0" in refusal(
+        "", "local.clip_per=example"
+    )
+    both = parse("", "local.clip_per=example", "local.clip_norm=0.1").local
+    assert (both.clip_per, both.clip_norm) == ("example", 0.1)
 
 
 def test_devices() -> None:
@@ -292,3 +297,22 @@ def test_a_recipe_made_in_python_is_checked_alike() -> None:
         check(Recipe(engine=Engine(chunk=-2)))
     with pytest.raises(FedpeftError, match=r"strategy\.name=None must be a name"):
         check(Recipe(strategy={}))
+
+
+def test_workers_fit_the_engine_and_the_device() -> None:
+    for kind, device in (
+        ("cohort", "auto"),
+        ("cohort", "cuda"),
+        ("cohort", "cpu"),
+        ("flower", "cuda:1"),
+    ):
+        check(Recipe(engine=Engine(kind=kind, device=device, workers=4)))  # type: ignore[arg-type]
+    check(Recipe(engine=Engine(kind="sequential", workers=1)))
+    with pytest.raises(
+        FedpeftError, match=r"engine\.workers=2 with engine\.kind=sequential.*cohort"
+    ):
+        check(Recipe(engine=Engine(kind="sequential", workers=2)))
+    with pytest.raises(
+        FedpeftError, match=r"engine\.workers=2 with engine\.device='cuda:1'.*=cuda,"
+    ):
+        check(Recipe(engine=Engine(device="cuda:1", workers=2)))

@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 
 from fedpeft import tree
 from fedpeft.cohort.gradient import Gradients
-from fedpeft.cohort.lanes import FoldLane, LoopLane, speed_up
+from fedpeft.cohort.lanes import FoldLane, LoopLane
 from fedpeft.cohort.loader import cuts
-from fedpeft.config import Engine, Local
+from fedpeft.config import Local
 from fedpeft.local import Progress, Trainer, batch_plan, clip_rows, rate, steps_of
 from fedpeft.strategy import Fit
 from fedpeft.tree import Tree
@@ -49,7 +49,8 @@ def trainer(
 ) -> Trainer:
     net = tiny_network(adapter)
     examples = tiny_population(SIZES).examples
-    own = speed_up(lane(net.model), Engine(), local.precision)
+    own = lane(net.model)
+    own.set_precision(local.precision)
     return Trainer(Gradients(own, "classification", examples, local, net.device), width)
 
 

@@ -80,8 +80,7 @@ def test_dependencies_are_what_the_code_imports(project: dict[str, Any]) -> None
     names = imported("fedpeft") | imported("strategies")
     used = {"pyyaml" if n == "yaml" else canonicalize_name(n) for n in names}
     declared = {canonicalize_name(Requirement(r).name) for r in project["dependencies"]}
-    by_extra = {"ray"}  # comes with flwr[simulation], which pins its version
-    assert used - by_extra == declared
+    assert used == declared
 
 
 def test_constraints_pin_every_dependency_within_its_range(

@@ -132,6 +132,17 @@ def test_a_layout_unpacks_differentiably() -> None:
     assert matrix.grad is not None and torch.equal(matrix.grad, expected)
 
 
+def test_rows_of_what_all_clients_share_stay_one_copy() -> None:
+    one, own = make(1), many(5)
+    for at in ([0, 3, 1], [2], []):
+        picked = tree.rows(tree.broadcast(one, 5), at)
+        for name, value in picked.items():
+            assert torch.equal(value, torch.stack([one[name]] * 5)[at])
+            assert value.untyped_storage().data_ptr() == one[name].untyped_storage().data_ptr()
+        assert all(torch.equal(v, own[n][at]) for n, v in tree.rows(own, at).items())
+    assert not any(map(tree.shared, [*many(1).values(), *own.values()]))
+
+
 def test_a_layout_refuses_other_names() -> None:
     with pytest.raises(ValueError, match=r"missing \['a'\]"):
         Layout.of(make()).pack(tree.stack([changed("missing")]))
@@ -200,3 +211,9 @@ def test_padding_appends_zeros_and_cropping_takes_them_away() -> None:
         tree.pad(large, small)
     with pytest.raises(ValueError, match="differ in names"):
         tree.pad({"a": small["a"]}, large)
+
+
+def test_the_mean_of_trees_without_tensors_is_one_without_tensors() -> None:
+    assert tree.mean([({}, torch.ones(2)), ({}, torch.ones(1))]) == {}
+    with pytest.raises(ValueError, match="differ in names"):
+        tree.mean([({}, torch.ones(2)), (many(1), torch.ones(1))])

@@ -117,20 +117,22 @@ def _traffic(found: Plan) -> Table:
 
 
 def at_once(found: Plan) -> int:
-    """Clients that share a batch: the chunk, unless a round has fewer."""
+    """Clients that share a worker's batch: the chunk, unless it has fewer in a round."""
     if found.engine != "cohort":
         return 1
-    return min(found.chunk, max(1, math.ceil(found.sampled)))
+    return min(found.chunk, max(1, math.ceil(found.sampled / found.workers)))
 
 
 def _machine(found: Plan) -> Group:
     many = at_once(found)
     need, free = many * found.memory.per_client, found.memory.free
-    each = " by each worker" if found.engine == "flower" else ""
+    several = found.workers > 1
+    each = " by each worker" if several or found.engine == "flower" else ""
     memory = f"at most {units.size(need)} needed{each}, {units.size(free)} free"
     return Group(
         _pair("engine", f"{found.engine} on {found.device}, lane {found.lane}"),
-        *([_pair("clients at once", f"{many:,}")] if found.engine == "cohort" else []),
+        *([_pair("workers", f"{found.workers:,}, a base model each")] if several else []),
+        *([_pair("clients at once", f"{many:,}{each}")] if found.engine == "cohort" else []),
         _pair("memory", memory, "yellow" if need > free else ""),
     )
 

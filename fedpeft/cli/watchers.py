@@ -50,7 +50,8 @@ class Lines(Watcher):
         self._labels = plan.labels
         trained = sum(plan.trainable.values())
         at_once = tables.at_once(plan)
-        many = f", {at_once} clients at once" if at_once > 1 else ""
+        many = f", {plan.workers} workers" if plan.workers > 1 else ""
+        many += f", {at_once} clients at once" if at_once > 1 else ""
         rounds = f"{plan.rounds} rounds over {plan.clients} clients"
         self._say(f"{plan.strategy}: {rounds}", "bold")
         self._say(f"training {trained:,} parameters on a frozen base of {plan.frozen:,}")

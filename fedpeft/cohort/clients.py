@@ -48,6 +48,7 @@ class TorchCohort(Cohort):
         self._data = list(data)
         self._info = info
         self._memory = memory
+        self._objective = trainer.gradients.objective
 
     def fit(
         self,
@@ -75,7 +76,12 @@ class TorchCohort(Cohort):
             sums, counts = self._sums(layout.unpack(own), index)
             total[part] += torch.autograd.grad(sums.sum(), own)[0]
             items[part] += counts
-        return layout.unpack(total / items.clamp(min=1)[:, None])
+        gradient = total / items.clamp(min=1)[:, None]
+        own = matrix.requires_grad_()
+        penalty = self._objective.penalty(layout.unpack(own))
+        if penalty is not None:
+            gradient += torch.autograd.grad(penalty.sum(), own)[0]
+        return layout.unpack(self._objective.project(gradient, layout))
 
     def losses(self, at: Tree, *, fixed: Tree | None = None) -> Tensor:
         self._place(at, fixed)
@@ -88,7 +94,9 @@ class TorchCohort(Cohort):
                 sums, counts = self._sums(own, index)
                 total[part] += sums
                 items[part] += counts
-        return total / items.clamp(min=1)
+            penalty = self._objective.penalty(placed)
+        mean = total / items.clamp(min=1)
+        return mean if penalty is None else mean + penalty
 
     def recall(self, name: str, default: Tree) -> Tree:
         found = {key: value.clone() for key, value in default.items()}

@@ -104,13 +104,14 @@ class CohortFederation:
         for chunk in messages.split(self._chunk):
             yield from self._isolated(round, chunk, self._score)
 
-    def evaluate_on(
-        self, round: int, messages: Messages, examples: Examples, index: np.ndarray
+    def evaluate_test(
+        self, round: int, messages: Messages, index: np.ndarray
     ) -> Iterator[dict[str, Score] | Failure]:
-        """As ``evaluate``, but every client's adapter on the same ``examples[index]``."""
+        """As ``evaluate``, but every client's adapter on examples ``index`` of the test set."""
+        test = self._population.test
 
         def work(messages: Messages, cohort: TorchCohort) -> dict[str, Score]:
-            return self._score_on(messages, cohort, [index] * len(messages), examples)
+            return self._score_on(messages, cohort, [index] * len(messages), test)
 
         for chunk in messages.split(self._chunk):
             yield from self._isolated(round, chunk, work)

@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import linear
 
+from fedpeft.cohort import patches
 from fedpeft.tree import Tree
 
 Forward = Callable[..., Tensor]
 
 QUANTISED = "peft.tuners.lora.bnb"
 """Where peft keeps its LoRA layers over 8- and 4-bit bases; it imports only with bitsandbytes."""
+
+PLAIN_LORA = {"lora_A.default.weight", "lora_B.default.weight"}
+"""The tensors of a layer that the hand-written LoRA path knows."""
 
 
 class _Unpatched(nn.Module):
@@ -57,9 +61,19 @@ def owners(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def travelling(model: nn.Module, module: nn.Module) -> dict[str, str]:
+    """The names of a module's tensors inside it -> the names under which they travel.
+
+    A tensor that several layers share (VB-LoRA's bank, Lily's B) travels once, under the name that
+    the model gives it first.
+    """
+    first = {id(p): name for name, p in model.named_parameters()}
+    return {local: first[id(p)] for local, p in module.named_parameters()}
+
+
 def fold(module: nn.Module, own: Tree, clients: int) -> Forward:
     """The forward of ``module`` for ``clients`` clients; input and output ``[K*b, ...]``."""
-    if is_plain_lora(module):
+    if is_plain_lora(module) and own.keys() <= PLAIN_LORA:
         assert isinstance(module, LoraLayer)
         return _lora_forward(module, own, clients)
     if isinstance(module, ModulesToSaveWrapper):
@@ -122,6 +136,7 @@ def _linear_forward(own: Tree, clients: int) -> Forward:
 def _vmap_forward(module: nn.Module, own: Tree, clients: int) -> Forward:
     inner = _Unpatched(module)
     named = {f"inner.{name}": value for name, value in own.items()}
+    needed = patches.needed(module)
 
     def forward(x: Tensor) -> Tensor:
         folded = x.reshape(clients, -1, *x.shape[1:])
@@ -131,7 +146,8 @@ def _vmap_forward(module: nn.Module, own: Tree, clients: int) -> Forward:
             assert isinstance(found, Tensor)
             return found
 
-        found = torch.vmap(one, randomness="different")(named, folded)
+        with patches.applied(needed):
+            found = torch.vmap(one, randomness="different")(named, folded)
         return found.reshape(len(x), *found.shape[2:])
 
     return forward

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedpeft.cohort.lanes import Compiled, Lane
 from fedpeft.cohort.loader import Loader
+from fedpeft.cohort.objective import Objective
 from fedpeft.config import Local
 from fedpeft.data.clients import Task
 from fedpeft.data.examples import Batch, Examples
@@ -33,6 +34,7 @@ class Gradients:
         self.local = local
         self.device = device
         self.loader = Loader(examples, local, device, fixed=lane.compiled != "none")
+        self.objective = Objective(lane.model)
         self._step_losses = compiled(self.losses, lane.compiled)
 
     def step(
@@ -40,6 +42,7 @@ class Gradients:
     ) -> tuple[Tensor, Tensor]:
         """Gradient ``[C, P]`` and value ``[C]`` of the mean losses of the clients in flight.
 
+        With the tuner's own penalty and projection (``Objective``), where it has them.
         matrix: ``[C, P]`` that requires grad. index: int64 ``[C, B]`` examples, -1 where absent.
         scale: ``[C]`` loss scale under fp16 (else 1); the gradient returned is free of it.
         """
@@ -53,7 +56,17 @@ class Gradients:
                 gradient = part if gradient is None else gradient + part
                 losses += loss.detach()
         assert gradient is not None, "a step has at least one pass"
-        return gradient / scale[:, None], losses
+        return self.regularise(matrix, layout, gradient / scale[:, None], losses)
+
+    def regularise(
+        self, matrix: Tensor, layout: Layout, gradient: Tensor, losses: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Adds the tuner's penalty to gradient and loss, and projects the gradient: no data."""
+        penalty = self.objective.penalty(layout.unpack(matrix))
+        if penalty is not None:
+            gradient = gradient + torch.autograd.grad(penalty.sum(), matrix)[0]
+            losses = losses + penalty.detach()
+        return self.objective.project(gradient, layout), losses
 
     def losses(self, stacked: Tree, batch: Batch) -> Tensor:
         """Summed loss of each client's rows of a batch, ``[C]``, differentiable."""

@@ -28,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fedpeft.cohort.fold import fold, is_plain_lora, owners
+from fedpeft.cohort import patches
+from fedpeft.cohort.fold import fold, is_plain_lora, owners, travelling
 from fedpeft.config import Engine
 from fedpeft.data.examples import Batch
 from fedpeft.errors import FedpeftError
@@ -75,6 +76,15 @@ class Lane(ABC):
         with torch.autocast(device, dtype=DTYPES[self.precision]), kernel:
             return self.run(stacked, batch)
 
+    def set_precision(self, precision: Precision) -> None:
+        """Sets what the model runs in; in 16 bits the base holds its linear weights so (``lower``).
+
+        There is no way back to float32.
+        """
+        self.precision = precision
+        if precision != "fp32":
+            lower(self.model, DTYPES[precision])
+
     @abstractmethod
     def run(self, stacked: Tree, batch: Batch) -> Tensor:
         """``logits``, in whatever precision the caller has set."""
@@ -89,11 +99,16 @@ class LoopLane(Lane):
 
     name = "loop"
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._patches = patches.corrections(model)
+
     def run(self, stacked: Tree, batch: Batch) -> Tensor:
         found = []
         for k, rows in enumerate(_per_client(batch)):
             own = {name: value[k] for name, value in stacked.items()}
-            output = functional_call(self.model, own, (), _inputs(*rows))
+            with patches.applied(self._patches):
+                output = functional_call(self.model, own, (), _inputs(*rows))
             found.append(output.logits)
         return torch.cat(found)
 
@@ -108,6 +123,10 @@ class VmapLane(Lane):
 
     name = "vmap"
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._patches = patches.needed(model)
+
     def run(self, stacked: Tree, batch: Batch) -> Tensor:
         shape = (batch.clients, -1, batch.tokens.shape[1])
         tokens = batch.tokens.view(shape)
@@ -119,23 +138,27 @@ class VmapLane(Lane):
             assert isinstance(logits, Tensor)
             return logits
 
-        with _no_mask_shortcut(), sdpa_kernel(SDPBackend.MATH):
+        kernel = sdpa_kernel(SDPBackend.MATH)
+        with _no_mask_shortcut(), kernel, patches.applied(self._patches):
             logits = torch.vmap(one, randomness="different")(stacked, tokens, mask)
         return logits.flatten(0, 1)
 
 
 class _Owner:
-    """A module that owns trainable tensors, and its forward while a batch is under way."""
+    """A module that owns trainable tensors, and its forward while a batch is under way.
 
-    def __init__(self, lane: FoldLane, prefix: str, module: nn.Module) -> None:
+    names: of its tensors inside it, to those under which they travel.
+    """
+
+    def __init__(self, lane: FoldLane, module: nn.Module, names: dict[str, str]) -> None:
         self.module = module
         self._lane = lane
-        self._names = {f"{prefix}.{local}": local for local, _ in module.named_parameters()}
+        self._names = names
 
     def forward(self, x: Tensor) -> Tensor:
         """The module's output for all clients of the batch, ``[K*b, ...]``."""
         stacked, clients = self._lane.under_way
-        own = {local: stacked[name] for name, local in self._names.items() if name in stacked}
+        own = {local: stacked[name] for local, name in self._names.items() if name in stacked}
         if own:
             return fold(self.module, own, clients)(x)
         found = type(self.module).forward(self.module, x)
@@ -164,7 +187,9 @@ class FoldLane(Lane):
             raise ValueError("prompt learning: virtual tokens are made outside the layers")
         self.compiled = compiled
         self.under_way = NOTHING
-        self._owners = [_Owner(self, prefix, module) for prefix, module in owners(model).items()]
+        self._owners = [
+            _Owner(self, module, travelling(model, module)) for module in owners(model).values()
+        ]
         self.blocks = self._checkpoint() if checkpointing else 0
         self._installed = False
 
@@ -179,6 +204,9 @@ class FoldLane(Lane):
 
     @contextmanager
     def installed(self) -> Iterator[None]:
+        if self._installed:
+            yield
+            return
         self._installed = True
         for owner in self._owners:
             owner.module.forward = owner.forward
@@ -191,9 +219,11 @@ class FoldLane(Lane):
 
     @contextmanager
     def _again(self, under_way: tuple[Tree, int]) -> Iterator[None]:
+        before = self.under_way
         with self.installed():
             self.under_way = under_way
             yield
+            self.under_way = before
 
     def _checkpoint(self) -> int:
         """Turns on transformers' activation checkpointing for every block of the base: how many.
@@ -217,8 +247,8 @@ class FoldLane(Lane):
         return len(blocks)
 
 
-def speed_up(lane: Lane, engine: Engine, precision: Precision) -> Lane:
-    """The lane in ``precision``, with ``engine.compile`` and ``engine.checkpointing``.
+def speed_up(lane: Lane, engine: Engine) -> Lane:
+    """The lane with ``engine.compile`` and ``engine.checkpointing``.
 
     Raises FedpeftError for the two settings in another lane than ``fold``, which alone has them,
     and for a base that cannot.
@@ -239,9 +269,6 @@ def speed_up(lane: Lane, engine: Engine, precision: Precision) -> Lane:
             lane = FoldLane(lane.model, engine.checkpointing, engine.compile)
         except ValueError as error:
             raise FedpeftError(f"engine.checkpointing=true: {error}; leave it out.") from error
-    if precision != "fp32":
-        lane.precision = precision
-        lower(lane.model, DTYPES[precision])
     return lane
 
 

@@ -21,7 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft import tree as trees
 from fedpeft.errors import FedpeftError
-from fedpeft.federation import Failure, Federation
+from fedpeft.federation import Failure, Federation, Partial
 from fedpeft.flower.records import decode_tree, encode_tree
 from fedpeft.metrics import Score
 from fedpeft.strategy import Message, Messages
@@ -178,11 +178,16 @@ class CohortGrid(Grid):
                     yield by_client[client], content
 
     def _trained(
-        self, reply: Messages | Failure, by_client: Mapping[str, _Request]
+        self, reply: Messages | Failure | Partial, by_client: Mapping[str, _Request]
     ) -> Iterator[tuple[str, RecordDict | Error]]:
         if isinstance(reply, Failure):
             yield reply.client, _error(reply.reason)
             return
+        if isinstance(reply, Partial):
+            raise FedpeftError(
+                "the federation averages replies before they get here, and Flower's strategies "
+                "want each client's own: use a CohortFederation (engine.workers=1)."
+            )
         if set(reply.trees) != {"adapter"}:
             raise FedpeftError(
                 f"the federation's strategy replies with the trees {sorted(reply.trees)}: Flower's "

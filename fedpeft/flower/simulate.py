@@ -13,13 +13,12 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from queue import Empty, Queue
 from typing import Any, TypeVar
 
-import psutil
 import ray
 import torch
 from flwr.app import Context
@@ -28,6 +27,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from flwr.supercore import telemetry
 
+from fedpeft import cluster
 from fedpeft.config import Recipe
 from fedpeft.errors import FedpeftError
 from fedpeft.federation import Federation
@@ -38,9 +38,6 @@ T = TypeVar("T")
 
 GRACE = 3.0
 """Seconds that clients who still train at the end of a run (an error, Ctrl-C) may go on."""
-
-REAP = 30.0
-"""Seconds that Ray's own processes may take to end; they need one or two."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ class _Simulation:
 
     def start(self) -> Grid:
         """Starts Ray and Flower; returns the grid of the nodes."""
-        _start_ray(self._shares)
+        cluster.start(self._shares.actors * self._shares.cpus, None, self._shares.cpus)
         self._thread.start()
         while True:
             self.check()
@@ -136,13 +133,10 @@ class _Simulation:
         finally:
             if self._thread.is_alive():
                 with redirect_stdout(io.StringIO()):  # Ray reports each death there
-                    for process in _processes("ray::ClientAppActor"):
+                    for process in cluster.processes("ray::ClientAppActor"):
                         process.kill()
                     self._thread.join()
-            ending = _processes("ray::", os.path.dirname(ray.__file__) + os.sep)
-            ray.shutdown()
-            for process in psutil.wait_procs(ending, timeout=REAP)[1]:
-                process.kill()
+            cluster.stop()
 
     def _simulate(self) -> None:
         server = ServerApp()
@@ -159,48 +153,6 @@ class _Simulation:
             run_simulation(server, app, self._nodes, backend_config=config)
         except BaseException as error:
             self._crash = error
-
-
-def _start_ray(shares: Shares) -> None:
-    """A local Ray of exactly the actors' resources; its workers import what this process can."""
-    settings = {
-        "OMP_NUM_THREADS": str(shares.cpus),
-        "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; without it, it warns
-    }
-    with _environment(settings):
-        ray.init(
-            address="local",
-            num_cpus=shares.actors * shares.cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-
-
-def _processes(*marks: str) -> list[psutil.Process]:
-    """Processes below this one whose command line holds one of ``marks``."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            command = " ".join(process.cmdline())
-            if any(mark in command for mark in marks):
-                found.append(process)
-    return found
-
-
-@contextmanager
-def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for the processes that are started inside."""
-    before = dict(os.environ)
-    os.environ.update(settings)
-    try:
-        yield
-    finally:  # what Ray sets besides (its own debugger) goes too
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update({n: v for n, v in before.items() if os.environ.get(n) != v})
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from fedpeft.plan import Plan
 NAMES = tuple(f"client-{n}" for n in range(6))
 
 
-def plan(labels: int = 4, per_client: int = 2**20, sampled: float = 5.0) -> Plan:
+def plan(labels: int = 4, per_client: int = 2**20, sampled: float = 5.0, workers: int = 1) -> Plan:
     return Plan(
         strategy="fedavg",
+        workers=workers,
         lane="fold",
         engine="cohort",
         device="cpu",

@@ -135,6 +135,14 @@ def test_clients_at_once(engine: str, sampled: float, many: int) -> None:
     assert values(found, "memory") == [f"at most {many}.0 MiB needed, 1.0 GiB free"]
 
 
+def test_plan_on_several_workers() -> None:
+    found = fakes.plan(workers=2)
+    assert values(found, "workers") == ["2, a base model each"]
+    assert values(found, "clients at once") == ["3 by each worker"]
+    assert values(found, "memory") == ["at most 3.0 MiB needed by each worker, 1.0 GiB free"]
+    assert tables.at_once(fakes.plan(workers=4)) == 2  # of 5 in a round
+
+
 def test_plan_on_flower() -> None:
     found = dataclasses.replace(fakes.plan(), engine="flower")
     assert values(found, "memory") == ["at most 1.0 MiB needed by each worker, 1.0 GiB free"]

@@ -20,7 +20,7 @@ from fedpeft import strategy as strategies
 from fedpeft.cohort.lanes import LoopLane
 from fedpeft.engine import play_round
 from fedpeft.errors import FedpeftError
-from fedpeft.federation import Failure
+from fedpeft.federation import Failure, Partial
 from fedpeft.flower.grid import CohortGrid
 from fedpeft.flower.records import encode_tree
 from fedpeft.metrics import Score
@@ -114,7 +114,7 @@ class Spy:
     def clients(self) -> Mapping[str, int]:
         return self.sizes
 
-    def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure]:
+    def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure | Partial]:
         self.asked.append((round, messages))
         for k, name in enumerate(messages.clients):
             reason = self.bad.get(name)
@@ -233,11 +233,21 @@ def test_messages_that_cannot_be_served_are_refused() -> None:
 
 def test_a_strategy_with_more_than_an_adapter_is_refused() -> None:
     class Two(Spy):
-        def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure]:
+        def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure | Partial]:
             yield Messages(messages.clients, {"adapter": {}, "control": {}})
 
     grid = CohortGrid(Two({"a": 1, "b": 2}))
     with pytest.raises(FedpeftError, match=r"replies with the trees \['adapter', 'control'\]"):
+        grid.push_messages(ask(grid, "train", content()))
+
+
+def test_a_federation_that_averages_replies_is_refused() -> None:
+    class Averages(Spy):
+        def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure | Partial]:
+            yield Partial(messages.rows([0]), 2, {}, {})
+
+    grid = CohortGrid(Averages({"a": 1, "b": 2}))
+    with pytest.raises(FedpeftError, match=r"want each client's own: use a CohortFederation"):
         grid.push_messages(ask(grid, "train", content()))
 
 

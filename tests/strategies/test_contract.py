@@ -22,8 +22,10 @@ from torch import Tensor
 
 from fedpeft import tree
 from fedpeft.errors import FedpeftError
+from fedpeft.intake import average
 from fedpeft.record import codec
-from fedpeft.strategy import Messages, Strategy, available, build, load
+from fedpeft.strategies.fedavg import FedAvg, State
+from fedpeft.strategy import Messages, Replies, Strategy, available, build, load, weighted_mean
 from tests.strategies.toy import Played, Toy, distance, equal, everyone, make, play, some
 
 FILES = sorted((Path(__file__).parents[2] / "strategies").glob("[!_]*.py"))
@@ -264,6 +266,55 @@ def test_the_size_of_stacks_changes_nothing(strategy: Strategy[Any], size: int) 
         toy, other = toy_for(strategy, dtype), toy_for(strategy, dtype)
         one, two = play(strategy, toy, present=some), play(strategy, other, 3, some, size)
         assert distance(outcome(strategy, two, other), outcome(strategy, one, toy)) <= bound
+
+
+def gap_of_parts(strategy: Strategy[Any]) -> float:
+    """How far states move when replies are averaged in parts, as workers average theirs."""
+    toy, most = toy_for(strategy), 0.0
+    played = play(strategy, toy, present=some, size=1)
+    replies = iter(played.replies)
+    for sent, before, after in zip(played.sent, played.states, played.states[1:], strict=False):
+        own = list(itertools.islice(replies, len(sent)))
+        for parts in ([own], [own[:1], own[1:]], [own[1::2], own[::2]]):
+            rows = [average(part, f"shard {n}") for n, part in enumerate(parts) if part]
+            found, wanted = (
+                codec.encode(s)[0] for s in (strategy.receive(before, iter(rows)), after)
+            )
+            most = max(most, distance(found, wanted))
+    return most
+
+
+def test_a_linear_strategy_reads_nothing_but_means_by_weight(strategy: Strategy[Any]) -> None:
+    if strategy.linear:
+        assert gap_of_parts(strategy) <= 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Claims(FedAvg):  # type: ignore[misc]
+    """Says that it is linear, as FedAvg is, and is not."""
+
+    rule: str = ""
+
+    def receive(self, state: State, replies: Replies) -> State:
+        stacks = list(replies)
+        mean = weighted_mean(stacks, "adapter")
+        if self.rule == "squares":
+            squares = (
+                ({n: x.square() for n, x in r.trees["adapter"].items()}, r.scalars["weight"])
+                for r in stacks
+            )
+            return State(tree.mean(squares))
+        if self.rule == "count":
+            return State(tree.scale(mean, 1 / sum(len(r) for r in stacks)))
+        if self.rule == "largest":
+            return State(tree.scale(mean, max(float(r.scalars["weight"].max()) for r in stacks)))
+        return State(mean)
+
+
+def test_a_wrong_claim_to_be_linear_is_caught() -> None:
+    assert gap_of_parts(Claims("")) <= 1e-12
+    for rule in ("squares", "count", "largest"):
+        assert gap_of_parts(Claims(rule)) > 1e-3
 
 
 def test_nothing_of_one_client_reaches_another(strategy: Strategy[Any]) -> None:
