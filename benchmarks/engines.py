@@ -16,7 +16,7 @@ from fedpeft.cohort.chunk import choose
 from fedpeft.cohort.federation import CohortFederation, Settings
 from fedpeft.cohort.lanes import Lane, LoopLane
 from fedpeft.config import Rounds
-from fedpeft.data.clients import ClientData, Population
+from fedpeft.data.clients import ClientData, Clients, Population
 from fedpeft.data.examples import Examples
 from fedpeft.engine import play_round
 from fedpeft.model import Network, build_network
@@ -32,7 +32,7 @@ def population(workload: Workload) -> Population:
     rows, width = texts.tokens.shape
     starts = torch.arange(rows + 1) * width
     examples = Examples(texts.tokens.flatten().int(), starts, texts.labels, pad=0)
-    clients = tuple(
+    clients = Clients.of(
         ClientData(client_name(c), texts.rows(c), texts.rows(c)[:0])
         for c in range(workload.population)
     )
@@ -48,7 +48,7 @@ def federations(
     settings = Settings(workload.local, ROUNDS, SEED)
     found = []
     for round in range(1, workload.population // workload.cohort + 1):
-        own = tuple(everyone.clients[c] for c in clients_of(workload, round))
+        own = Clients.of(everyone.clients[c] for c in clients_of(workload, round))
         part = dataclasses.replace(everyone, clients=own)
         found.append(CohortFederation(network, lane, part, strategy, settings, chunk))
     return found

@@ -137,12 +137,14 @@ class Evaluation:
     """When and how the adapter is measured.
 
     every: rounds between evaluations on the global test set (the last round always counts).
-    clients: also on every client's own hold-out, at the end. local_test: how many test examples
-    each local-only adapter of the baseline is measured on (0: all).
+    clients: also on the clients' own hold-outs, at the end. most: at most so many clients, drawn by
+    the seed, for what is measured client by client; the baseline ``local`` trains no others (0:
+    all). local_test: how many test examples each local-only adapter is measured on (0: all).
     """
 
     every: int = 1
     clients: bool = True
+    most: int = 1000
     local_test: int = 500
 
 

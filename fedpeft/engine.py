@@ -87,7 +87,7 @@ def play_round(
     """
     began = time.perf_counter()
     sizes = federation.clients()
-    names = sampling.draw(rounds.sampling, tuple(sizes), seed, number)
+    names = sampling.draw(rounds.sampling, sizes, seed, number)
     lost = sampling.draw_failures(rounds.failure_rate, names, seed, number)
     if not names:
         empty = RoundReport(number, (), (), {}, 0, math.nan, {}, {}, time.perf_counter() - began)

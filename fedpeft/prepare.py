@@ -17,7 +17,7 @@ from fedpeft.cohort.federation import CohortFederation, Settings
 from fedpeft.cohort.lanes import Lane, LoopLane
 from fedpeft.config import Recipe
 from fedpeft.data.build import build_population, pool
-from fedpeft.data.clients import Population
+from fedpeft.data.clients import Clients, Population
 from fedpeft.errors import FedpeftError
 from fedpeft.model import Network, attach, build_network, load_base, load_tokenizer
 from fedpeft.strategy import Problem, Strategy, build
@@ -45,7 +45,7 @@ class Prepared:
         return Problem(
             initial=self.network.initial,
             scaling=self.network.scaling,
-            clients=tuple(sorted(client.name for client in self.population.clients)),
+            clients=self.population.clients.names,
             rounds=self.recipe.rounds.count,
             seed=self.recipe.seed,
         )
@@ -53,7 +53,7 @@ class Prepared:
     @property
     def tokens_per_row(self) -> int:
         """Tokens of the longest example: what a padded row can cost."""
-        return int(self.population.examples.lengths.max())
+        return self.population.examples.longest
 
     @property
     def chunk(self) -> int:
@@ -147,19 +147,23 @@ def prepare_network(recipe: Recipe, population: Population, device: torch.device
 def as_baseline(prepared: Prepared, name: str) -> Prepared:
     """The same model and data under another strategy (a reference such as ``local``).
 
-    The reference gets the whole run's local training in one round, with every client: as many
-    passes as a client makes on average over the federated run.
+    The reference gets the whole run's local training in one round, with every client that is
+    measured: as many passes as a client makes on average over the federated run.
     """
     recipe = prepared.recipe
     strategy = build(name, {})
-    population = pool(prepared.population) if strategy.pools else prepared.population
-    share = sampling.expected(recipe.rounds.sampling, len(prepared.population.clients)) / len(
-        prepared.population.clients
-    )
+    everyone = prepared.population.clients
+    if strategy.pools:
+        population = pool(prepared.population)
+    else:
+        names = sampling.measured(recipe.evaluation.most, everyone.roster, recipe.seed)
+        own = Clients.of(everyone.find(name) for name in names)
+        population = dataclasses.replace(prepared.population, clients=own)
+    share = sampling.expected(recipe.rounds.sampling, len(everyone)) / len(everyone)
     passes = recipe.rounds.count * share
     local = recipe.local
     if local.steps:
-        factor = len(prepared.population.clients) if strategy.pools else 1
+        factor = len(everyone) if strategy.pools else 1
         local = dataclasses.replace(local, steps=max(1, round(local.steps * passes * factor)))
     else:
         local = dataclasses.replace(local, epochs=max(1, round(local.epochs * passes)))

@@ -93,9 +93,14 @@ def row(stacked: Tree, k: int) -> Tree:
 
 
 def rows(stacked: Tree, index: Sequence[int]) -> Tree:
-    """The stacked tree of the clients in ``index``."""
+    """The stacked tree of the clients in ``index``; of a broadcast tree, views on the one copy."""
     where = torch.as_tensor(list(index), dtype=torch.long)
-    return {name: t.index_select(0, where.to(t.device)) for name, t in stacked.items()}
+    return {
+        name: t[:1].expand(len(where), *t.shape[1:])
+        if t.stride(0) == 0
+        else t.index_select(0, where.to(t.device))
+        for name, t in stacked.items()
+    }
 
 
 def select(tree: Tree, keep: Callable[[str], bool]) -> Tree:

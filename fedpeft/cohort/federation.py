@@ -60,7 +60,7 @@ class CohortFederation:
     ) -> None:
         self._network = network
         self._population = population
-        self._data = {client.name: client for client in population.clients}
+        self._clients = population.clients
         self._strategy = strategy
         self._settings = settings
         self._chunk = chunk
@@ -72,7 +72,7 @@ class CohortFederation:
 
     def clients(self) -> Mapping[str, int]:
         """Client -> number of training examples, sorted by name."""
-        return {name: len(self._data[name].train) for name in sorted(self._data)}
+        return self._clients.roster
 
     def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure]:
         """Trains the clients chunk by chunk; a stack of replies, or a failure, as each is done."""
@@ -97,13 +97,12 @@ class CohortFederation:
         for chunk in messages.split(self._chunk):
             yield from self._isolated(round, chunk, work)
 
-    def score_shared(self, adapter: Tree) -> dict[str, Score]:
-        """One complete adapter (unstacked) on every client's own hold-out."""
+    def score_shared(self, adapter: Tree, names: Sequence[str]) -> dict[str, Score]:
+        """One complete adapter (unstacked) on the own hold-outs of these clients."""
         found: dict[str, Score] = {}
-        names = list(self.clients())
         for start in range(0, len(names), self._chunk):
             part = names[start : start + self._chunk]
-            held = [self._data[name].holdout for name in part]
+            held = [self._clients.find(name).holdout for name in part]
             stacked = broadcast(adapter, len(part))
             scores = score_clients(
                 self._network, self._trainer.lane, stacked, held, self._population.examples
@@ -137,7 +136,7 @@ class CohortFederation:
 
     def _on_cohort(self, round: int, chunk: Messages, work: Work) -> Any:
         """``work`` on the chunk's cohort, rows in order of steps, most first, and back again."""
-        data = [self._data[name] for name in chunk.clients]
+        data = [self._clients.find(name) for name in chunk.clients]
         steps = [steps_of(len(c.train), self._settings.local) for c in data]
         order = sorted(range(len(data)), key=lambda k: -steps[k])
         own = [data[k] for k in order]
@@ -162,7 +161,7 @@ class CohortFederation:
         return self._strategy.train(messages, cohort)
 
     def _score(self, messages: Messages, cohort: TorchCohort) -> dict[str, Score]:
-        held = [self._data[name].holdout for name in cohort.clients]
+        held = [self._clients.find(name).holdout for name in cohort.clients]
         return self._score_on(messages, cohort, held, self._population.examples)
 
     def _score_on(
@@ -181,9 +180,8 @@ class CohortFederation:
 
     def tokens(self, name: str) -> int:
         """Tokens that a client trains on in a round, on average."""
-        data, local = self._data[name], self._settings.local
-        lengths = self._population.examples.lengths[torch.from_numpy(data.train)]
-        per_example = float(lengths.double().mean())
+        data, local = self._clients.find(name), self._settings.local
+        per_example = float(self._population.examples.lengths_of(data.train).mean())
         if local.steps:
             seen = local.steps * min(len(data.train), local.batch_size * local.accumulate)
         else:

@@ -89,7 +89,7 @@ class Gradients:
 
         The order of rows within a step does not matter, so that long rows need not pad short ones.
         """
-        lengths = self.examples.lengths.numpy()[index.clip(min=0)] * (index >= 0)
+        lengths = self.examples.lengths_of(index.clip(min=0)) * (index >= 0)
         order = np.argsort(lengths, axis=1, kind="stable")
         width = max(1, int((index >= 0).sum(1).max()))
         ordered = np.take_along_axis(index, order, axis=1)[:, -width:]
@@ -103,5 +103,5 @@ class Gradients:
         present = torch.from_numpy(index >= 0)
         if self.examples.labels is not None:
             return present.sum(1).clamp(min=1)
-        lengths = self.examples.lengths[torch.from_numpy(index).clamp(min=0)] - 1
+        lengths = torch.from_numpy(self.examples.lengths_of(index.clip(min=0))) - 1
         return (lengths * present).sum(1).clamp(min=1)
