@@ -33,12 +33,13 @@ class Model:
 class Data:
     """Where the text comes from.
 
-    source: ``pydocs`` (built in), a Hugging Face data set id, or a csv, jsonl or parquet file, or a
-    folder of them named train/test. subset: configuration name on the hub. train, test: split
-    names on the hub, or file names in the folder; without a test split the clients' hold-outs are
-    the test set. text, pair, label: columns. client: the natural-client column. max_length: tokens
-    per example. holdout: share of each client's examples kept as its own test set. limit: use at
-    most so many training rows, drawn by the seed (0: all).
+    source: ``pydocs`` (built in), a Hugging Face data set id, a csv, jsonl or parquet file, a
+    folder of them named train/test, or a store (``fedpeft store``), which brings its own clients.
+    subset: configuration name on the hub. train, test: split names on the hub, or file names in the
+    folder; without a test split the clients' hold-outs are the test set. text, pair, label:
+    columns. client: the natural-client column. max_length: tokens per example. holdout: share of
+    each client's examples kept as its own test set. limit: use at most so many training rows, drawn
+    by the seed (0: all).
     """
 
     source: str = "pydocs"

@@ -18,6 +18,9 @@ from fedpeft.cohort.lanes import Lane, LoopLane
 from fedpeft.config import Recipe
 from fedpeft.data.build import build_population, pool
 from fedpeft.data.clients import Clients, Population
+from fedpeft.data.store import is_store, verify_store
+from fedpeft.data.store_writer import write_store
+from fedpeft.data.stored import origin_of
 from fedpeft.errors import FedpeftError
 from fedpeft.model import Network, attach, build_network, load_base, load_tokenizer
 from fedpeft.strategy import Problem, Strategy, build
@@ -133,6 +136,20 @@ def prepare(recipe: Recipe) -> Prepared:
     looped = recipe.engine.kind == "sequential"
     lane = LoopLane(network.model) if looped else choose_lane(network, population.examples)
     return Prepared(recipe, strategy, population, network, lane, tokenizer)
+
+
+def prepare_store(recipe: Recipe, folder: str) -> Population:
+    """Writes the recipe's clients into a new store and reads it back, every byte."""
+    if is_store(recipe.data.source):
+        raise FedpeftError(
+            f"data.source={recipe.data.source!r} is a store already: copy the folder, or name the "
+            "source that it was made from."
+        )
+    tokenizer = load_tokenizer(recipe.model, recipe.data.task)
+    population = build_population(recipe.data, recipe.partition, tokenizer, recipe.seed)
+    write_store(population, folder, origin_of(recipe, tokenizer))
+    verify_store(folder)
+    return population
 
 
 def prepare_network(recipe: Recipe, population: Population, device: torch.device) -> Network:

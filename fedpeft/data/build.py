@@ -15,6 +15,8 @@ from fedpeft.data.examples import Examples
 from fedpeft.data.fingerprint import sealed
 from fedpeft.data.partition import Divided, divide
 from fedpeft.data.sources import Rows, load_rows
+from fedpeft.data.store import is_store
+from fedpeft.data.stored import stored_population
 from fedpeft.data.tokens import Encoded, encode, take
 from fedpeft.errors import FedpeftError
 from fedpeft.streams import numpy_stream
@@ -31,6 +33,8 @@ def build_population(
     without usable text are left out, and counted in the log. Raises FedpeftError for whatever is
     wrong with the data or cannot be divided as asked.
     """
+    if is_store(data.source):
+        return stored_population(data, partition, tokenizer)
     rows = load_rows(data, seed)
     encoded = _encode(rows.train, data, tokenizer, "training")
     sizes = np.bincount(encoded.row, minlength=len(rows.train))

@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Dataset
 from flwr_datasets.partitioner import (
     DirichletPartitioner,
+    Partitioner,
     PathologicalPartitioner,
     ShardPartitioner,
 )
@@ -19,8 +20,6 @@ from flwr_datasets.partitioner import (
 from fedpeft.config import Partition
 from fedpeft.errors import FedpeftError
 from fedpeft.streams import derive, numpy_stream
-
-ByLabel = DirichletPartitioner | ShardPartitioner | PathologicalPartitioner
 
 Divided = list[tuple[str, np.ndarray]]
 """Client name and its row numbers, int64 ascending; sorted by name."""
@@ -121,7 +120,7 @@ def _labels(rows: Dataset, partition: Partition) -> np.ndarray:
     return np.array(rows["label"][:], np.int64)
 
 
-def _by_label(partition: Partition, keys: np.ndarray, seed: int) -> ByLabel:
+def _by_label(partition: Partition, keys: np.ndarray, seed: int) -> Partitioner:
     """The partitioner of a kind that reads labels, with settings that leave no row out."""
     clients, classes = partition.clients, partition.classes
     if partition.kind == "dirichlet":
@@ -174,7 +173,7 @@ def _impossible(partition: Partition, rows: int) -> FedpeftError:
     )
 
 
-def _load(partitioner: ByLabel, rows: np.ndarray, keys: np.ndarray) -> list[np.ndarray]:
+def _load(partitioner: Partitioner, rows: np.ndarray, keys: np.ndarray) -> list[np.ndarray]:
     """Runs a partitioner over rows and their keys: the rows of each partition, ascending.
 
     Reads the division itself: ``load_partition`` makes a Dataset of every client, a millisecond
