@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import overload
@@ -50,8 +49,15 @@ class Names(Sequence[str]):
 
     def find(self, name: str) -> int:
         """The number of a name, -1 where it is none of them."""
-        at = bisect_left(self, name)
-        return at if at < len(self) and self[at] == name else -1
+        wanted, text, item = name.encode("utf-8", "surrogatepass"), memoryview(self.text), self.starts.item
+        low, high = 0, len(self)
+        while low < high:
+            middle = (low + high) // 2
+            found = bytes(text[item(middle) : item(middle + 1)])
+            if found == wanted:
+                return middle
+            low, high = (middle + 1, high) if found < wanted else (low, middle)
+        return -1
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self.find(name) >= 0
