@@ -49,7 +49,11 @@ class Names(Sequence[str]):
 
     def find(self, name: str) -> int:
         """The number of a name, -1 where it is none of them."""
-        wanted, text, item = name.encode("utf-8", "surrogatepass"), memoryview(self.text), self.starts.item
+        wanted, text, item = (
+            name.encode("utf-8", "surrogatepass"),
+            memoryview(self.text),
+            self.starts.item,
+        )
         low, high = 0, len(self)
         while low < high:
             middle = (low + high) // 2

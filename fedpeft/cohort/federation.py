@@ -151,6 +151,7 @@ class CohortFederation:
             )
             found = work(chunk.rows(order).to(self._network.device), cohort)
         self._memory.update({name: kept for name, kept in memory.items() if kept})
+        self._population.release()
         if not isinstance(found, Messages):
             return {name: found[name] for name in chunk.clients}
         back = sorted(range(len(order)), key=lambda i: order[i])

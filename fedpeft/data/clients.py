@@ -6,6 +6,8 @@ are looked up when that client is trained. So a million of them cost what their 
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,7 +132,8 @@ class Population:
 
     examples: what the clients hold. test: the global test set (the source's own test split, or the
     union of the clients' hold-outs). labels: class names, empty for causal language modelling.
-    fingerprint: a SHA-256 over everything above: equal fingerprints, equal data.
+    fingerprint: a SHA-256 over everything above: equal fingerprints, equal data. files: those that
+    the arrays are views of, if they are.
     """
 
     task: Task
@@ -139,3 +142,13 @@ class Population:
     test: Examples
     labels: tuple[str, ...]
     fingerprint: str
+    files: tuple[mmap.mmap, ...] = ()
+
+    def release(self) -> None:
+        """Lets go of the pages of the files that were read; they are mapped again when needed.
+
+        So what is resident does not grow towards the whole files, cohort after cohort.
+        """
+        if sys.platform == "linux":
+            for file in self.files:
+                file.madvise(mmap.MADV_DONTNEED)

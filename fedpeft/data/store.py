@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import mmap
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -122,7 +123,12 @@ def open_store(folder: str | Path) -> Population:
 
 def read(path: Path, head: Head) -> Population:
     """The population of a store whose files are as ``head`` says."""
-    arrays = {name: _mapped(path, head, name) for name in head.files}
+    files = {name: _mapped(path, name) for name in head.files if head.count(name)}
+    arrays = {
+        name: np.frombuffer(file, DTYPES[name], offset=len(npy_head(DTYPES[name], 0)))
+        for name, file in files.items()
+    }
+    arrays.setdefault("holdout", np.empty(0, np.int64))
     clients = Clients(
         Names(arrays["names"], arrays["names-starts"]),
         Pieces(arrays["train"], arrays["train-starts"]),
@@ -130,7 +136,8 @@ def read(path: Path, head: Head) -> Population:
         below=head.count("starts") - 1,
     )
     examples, test = _examples(arrays, "", head), _examples(arrays, "test-", head)
-    return Population(head.task, clients, examples, test, head.labels, head.fingerprint)
+    mapped = tuple(files.values())
+    return Population(head.task, clients, examples, test, head.labels, head.fingerprint, mapped)
 
 
 def verify_store(folder: str | Path) -> Head:
@@ -260,12 +267,9 @@ def _check_offsets(path: Path, head: Head, name: str) -> None:
         raise damaged(path, f"{name}.npy does not divide {target}.npy")
 
 
-def _mapped(path: Path, head: Head, name: str) -> np.ndarray:
-    """A file's numbers, read where they are used."""
-    offset = len(npy_head(DTYPES[name], head.count(name)))
-    file, shape = path / f"{name}.npy", (head.count(name),)
-    mapped = np.memmap(file, DTYPES[name], mode="r", offset=offset, shape=shape)
-    return mapped.view(np.ndarray)
+def _mapped(path: Path, name: str) -> mmap.mmap:
+    with (path / f"{name}.npy").open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _examples(arrays: Mapping[str, np.ndarray], of: str, head: Head) -> Examples:
