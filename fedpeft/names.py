@@ -49,11 +49,8 @@ class Names(Sequence[str]):
 
     def find(self, name: str) -> int:
         """The number of a name, -1 where it is none of them."""
-        wanted, text, item = (
-            name.encode("utf-8", "surrogatepass"),
-            memoryview(self.text),
-            self.starts.item,
-        )
+        wanted = name.encode("utf-8", "surrogatepass")  # any string may be asked for
+        text, item = self.text.data, self.starts.item
         low, high = 0, len(self)
         while low < high:
             middle = (low + high) // 2

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedpeft.cohort.federation import CohortFederation
 from fedpeft.config import Rounds, Sampling
-from fedpeft.data.clients import Clients, Pieces
+from fedpeft.data.clients import Clients, Pieces, Population
 from fedpeft.engine import RoundReport, play_round
 from fedpeft.names import Names
 from fedpeft.strategy import Cohort, Messages, Replies, Strategy, weighted_mean
@@ -118,6 +118,13 @@ def test_a_round_does_not_walk_the_population() -> None:
     for crowd in (small, large):
         crowd.play(10)
     assert large.peak(100) - small.peak(100) < 100_000
+
+
+def test_every_chunk_lets_go_of_the_pages_that_it_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[Population] = []
+    monkeypatch.setattr(Population, "release", released.append)
+    Crowd(300).play(210)
+    assert len(released) == 5  # four chunks of 50, one of 10
 
 
 def test_poisson_sampling_draws_one_number_for_each_client() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from fedpeft.data import store as store_module
 from fedpeft.data.clients import Population
+from fedpeft.data.examples import flatten
 from fedpeft.data.fingerprint import sealed
 from fedpeft.data.store import (
     DTYPES,
@@ -118,6 +120,28 @@ def test_opening_reads_offsets_and_names_alone(
             file.write(np.array([number], DTYPES[name]).tobytes())
     assert int(found.examples.tokens[0]) == first + 1  # not a copy
     assert client[0] == 36
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are counted in /proc")
+def test_released_pages_are_not_resident_and_come_back(tmp_path: Path) -> None:
+    row = list(range(4000))
+    more = flatten([row] * 50, [0] * 50, 0)
+    write_store(replace(tiny_population((3,)), examples=more, test=more), tmp_path / "s")
+    found = open_store(tmp_path / "s")
+
+    def resident() -> int:
+        size, here = 0, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            words = line.split()
+            here = words[-1] == str(tmp_path / "s" / "tokens.npy") if "-" in words[0] else here
+            size += int(words[1]) if here and words[0] == "Rss:" else 0
+        return size
+
+    assert found.examples.tokens.sum() == 50 * sum(row)
+    assert resident() >= 50 * 4 * len(row) // 1024
+    found.release()
+    assert resident() == 0
+    assert found.examples.batch(torch.tensor([[49]])).tokens.tolist() == [row]
 
 
 def test_files_are_never_written(store: Path) -> None:
