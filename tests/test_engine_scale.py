@@ -122,7 +122,7 @@ def test_a_round_does_not_walk_the_population() -> None:
 
 def test_every_chunk_lets_go_of_the_pages_that_it_read(monkeypatch: pytest.MonkeyPatch) -> None:
     released: list[Population] = []
-    monkeypatch.setattr(Population, "release", released.append)
+    monkeypatch.setattr(Population, "release", lambda self: released.append(self))
     Crowd(300).play(210)
     assert len(released) == 5  # four chunks of 50, one of 10
 
