@@ -64,6 +64,7 @@ def make_plan(prepared: Prepared) -> Plan:
     federation = prepared.federation()
     some = names[:: -(-len(names) // SOME)]
     tokens = sum(federation.tokens(name) for name in some) * sampled / len(some)
+    population.release()
     scalars = {"weight": 0.0, "loss": 0.0}
     return Plan(
         strategy=str(recipe.strategy["name"]),

@@ -24,9 +24,9 @@ def check(sampling: Sampling, clients: int) -> None:
 def expected(sampling: Sampling, clients: int) -> float:
     """The expected number of clients per round."""
     if sampling.kind == "uniform":
-        return max(1, round(sampling.fraction * clients))
+        return float(max(1, round(sampling.fraction * clients)))
     if sampling.kind == "fixed":
-        return min(sampling.size, clients)
+        return float(min(sampling.size, clients))
     return sampling.rate * clients
 
 

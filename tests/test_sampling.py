@@ -96,3 +96,5 @@ def test_expected_cohort() -> None:
     assert expected(Sampling("uniform", fraction=0.5), 20) == 10
     assert expected(Sampling("fixed", size=7), 20) == 7
     assert expected(Sampling("poisson", rate=0.1), 20) == pytest.approx(2)
+    for kind in ("uniform", "fixed", "poisson"):  # before Python 3.12 an int has no is_integer
+        assert type(expected(Sampling(kind), 20)) is float  # type: ignore[arg-type]

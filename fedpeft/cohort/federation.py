@@ -108,6 +108,7 @@ class CohortFederation:
                 self._network, self._trainer.lane, stacked, held, self._population.examples
             )
             found.update(zip(part, scores, strict=True))
+            self._population.release()
         return found
 
     def memory(self) -> Memory:

@@ -91,6 +91,14 @@ def test_the_round_trip_gives_an_equal_population(population: Population, writte
     assert verify_store(written).vocabulary == int(population.examples.tokens.max()) + 1
 
 
+def test_the_test_set_does_not_count_among_the_longest(
+    population: Population, tmp_path: Path
+) -> None:
+    """Else a run from the store would plan other chunks than the run from memory."""
+    write_store(replace(population, test=flatten([[1] * 30], [0], 0)), tmp_path / "s")
+    assert open_store(tmp_path / "s").examples.longest == population.examples.longest < 30
+
+
 def test_a_language_model_has_no_labels(population: Population, tmp_path: Path) -> None:
     bare = replace(population.examples, labels=None)
     made = sealed(replace(population, task="causal_lm", examples=bare, test=bare, labels=()))
