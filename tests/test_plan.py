@@ -63,7 +63,7 @@ def test_planned_bytes_and_clients_are_what_the_run_counts(tmp_path: Path, strat
 
 
 def test_the_plan_spreads_clients_as_a_loop_would(tmp_path: Path) -> None:
-    write_tiny(tmp_path, sizes=(6, 11, 4, 14, 4, 9))
+    write_tiny(tmp_path, sizes=(14, 4, 4, 11, 4, 4))
     prepared = prepare(dataclasses.replace(tiny_recipe(tmp_path), engine=Engine(device="cpu")))
     sizes = sorted(len(client.train) for client in prepared.population.clients)
     steps = sorted(steps_of(size, prepared.recipe.local) for size in sizes)
