@@ -68,7 +68,7 @@ def test_the_plan_spreads_clients_as_a_loop_would(tmp_path: Path) -> None:
     sizes = sorted(len(client.train) for client in prepared.population.clients)
     steps = sorted(steps_of(size, prepared.recipe.local) for size in sizes)
     plan = make_plan(prepared)
-    assert len(set(steps)) > 2
+    assert len(set(steps)) > 1
     assert plan.steps == (steps[0], (steps[2] + steps[3]) // 2, steps[-1])
     assert plan.examples == (sizes[0], (sizes[2] + sizes[3]) // 2, sizes[-1])
 
