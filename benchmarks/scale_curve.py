@@ -37,7 +37,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     axes[1][1].set_xlabel("registered clients")
     axes[0][0].set_ylabel("memory, MB")
     axes[1][0].set_ylabel("ms a client")
-    axes[0][0].legend(frameon=False, fontsize=9, loc="upper left")
+    axes[0][0].legend(frameon=False, fontsize=9, loc="lower left")
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "scale"}):
         figure.savefig(path, format="svg", metadata={"Date": None})
 
@@ -47,13 +47,13 @@ def _count(points: Sequence[Mapping[str, Any]], cohort: int) -> int:
 
 
 def _memory(axes: Axes, at: Sequence[int], points: Sequence[Mapping[str, Any]]) -> None:
-    """Memory of the process's own, all that is resident, and what a list of replies would take."""
+    """Peak of all that was resident, of the process's own, and with a list of replies."""
     own = [one["during"]["own"] / MEGA for one in points]
-    resident = [one["during"]["resident"] / MEGA for one in points]
+    peak = [one["during"]["peak"] / MEGA for one in points]
     kept = [
         (points[0]["during"]["own"] + one["cohort"] * one["adapter_bytes"]) / MEGA for one in points
     ]
-    axes.plot(at, resident, "o--", color=GREY, label="resident, with mapped files")
+    axes.plot(at, peak, "o--", color=GREY, label="resident at most, with mapped files")
     axes.plot(at, own, "o-", color=BLUE, label="its own (anonymous)")
     if len({one["cohort"] for one in points}) > 1:
         axes.plot(at, kept, ":", color=RED, label="if every reply were kept")
@@ -67,7 +67,7 @@ def _time(axes: Axes, at: Sequence[int], points: Sequence[Mapping[str, Any]]) ->
 
 def _style(axes: Axes) -> None:
     axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK)
