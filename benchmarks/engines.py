@@ -19,7 +19,7 @@ from benchmarks.texts import Texts
 from benchmarks.ways import Way
 from benchmarks.workload import CLASSES, SEED, Workload, client_name, clients_of
 from fedpeft.config import Recipe, Rounds
-from fedpeft.data.clients import ClientData, Population
+from fedpeft.data.clients import ClientData, Clients, Population
 from fedpeft.data.examples import Examples
 from fedpeft.engine import play_round
 from fedpeft.federation import Federation
@@ -38,7 +38,7 @@ def population(workload: Workload) -> Population:
     labels = texts.labels if workload.task == "classification" else None
     starts = torch.arange(rows + 1) * width
     examples = Examples(texts.tokens.flatten().int(), starts, labels, pad=0)
-    clients = tuple(
+    clients = Clients.of(
         ClientData(client_name(c), texts.rows(c), texts.rows(c)[:0])
         for c in range(workload.population)
     )
@@ -66,7 +66,7 @@ def federations(workload: Workload, whole: Prepared) -> list[Federation]:
     """One federation per cohort of the population, all on one network."""
     everyone, found = whole.population, []
     for round in range(1, workload.population // workload.cohort + 1):
-        own = tuple(everyone.clients[c] for c in clients_of(workload, round))
+        own = Clients.of(everyone.clients[c] for c in clients_of(workload, round))
         part = dataclasses.replace(everyone, clients=own)
         found.append(dataclasses.replace(whole, population=part).federation())
     return found

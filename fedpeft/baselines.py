@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpeft import streams
+from fedpeft import sampling, streams
 from fedpeft.cohort.federation import CohortFederation
 from fedpeft.data.clients import Task
 from fedpeft.engine import play_round
@@ -58,11 +58,11 @@ def _collect(results: Iterable[dict[str, Score] | Failure]) -> dict[str, Score]:
 
 
 def clients_outcome(prepared: Prepared, federation: Federation, state: Any) -> ClientsOutcome:
-    """Every client's adapter on its own hold-out, where the recipe asks for it."""
+    """The clients' adapters on their own hold-outs, where the recipe asks for it."""
     if not prepared.recipe.evaluation.clients:
         return ClientsOutcome({}, math.nan, math.nan)
     rounds = prepared.recipe.rounds.count
-    messages = prepared.strategy.send(state, rounds, tuple(federation.clients()))
+    messages = prepared.strategy.send(state, rounds, _measured(prepared, federation))
     return summarise(prepared.population.task, _collect(federation.evaluate(rounds, messages)))
 
 
@@ -82,9 +82,14 @@ def test_score(prepared: Prepared, federation: Federation, state: Any) -> Score:
     if 0 < limit < len(index):
         stream = streams.numpy_stream(prepared.recipe.seed, "local test")
         index = np.sort(stream.choice(len(index), size=limit, replace=False))
-    messages = strategy.send(state, rounds, tuple(federation.clients()))
+    messages = strategy.send(state, rounds, _measured(prepared, federation))
     found = _collect(federation.evaluate_test(rounds, messages, index))
     return mean_score(list(found.values()))
+
+
+def _measured(prepared: Prepared, federation: Federation) -> tuple[str, ...]:
+    recipe = prepared.recipe
+    return sampling.measured(recipe.evaluation.most, federation.clients(), recipe.seed)
 
 
 def mean_score(scores: list[Score]) -> Score:
@@ -133,8 +138,9 @@ def _untrained(prepared: Prepared) -> Outcome:
 
 
 def _shared_outcome(prepared: Prepared, adapter: Tree) -> ClientsOutcome:
-    """One adapter on every client's own hold-out."""
+    """One adapter on the clients' own hold-outs."""
     if not prepared.recipe.evaluation.clients:
         return ClientsOutcome({}, math.nan, math.nan)
     federation = prepared.federation()
-    return summarise(prepared.population.task, federation.score_shared(adapter))
+    names = _measured(prepared, federation)
+    return summarise(prepared.population.task, federation.score_shared(adapter, names))

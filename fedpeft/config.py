@@ -33,12 +33,13 @@ class Model:
 class Data:
     """Where the text comes from.
 
-    source: ``pydocs`` (built in), a Hugging Face data set id, or a csv, jsonl or parquet file, or a
-    folder of them named train/test. subset: configuration name on the hub. train, test: split
-    names on the hub, or file names in the folder; without a test split the clients' hold-outs are
-    the test set. text, pair, label: columns. client: the natural-client column. max_length: tokens
-    per example. holdout: share of each client's examples kept as its own test set. limit: use at
-    most so many training rows, drawn by the seed (0: all).
+    source: ``pydocs`` (built in), a Hugging Face data set id, a csv, jsonl or parquet file, a
+    folder of them named train/test, or a store (``fedpeft store``), which brings its own clients.
+    subset: configuration name on the hub. train, test: split names on the hub, or file names in the
+    folder; without a test split the clients' hold-outs are the test set. text, pair, label:
+    columns. client: the natural-client column. max_length: tokens per example. holdout: share of
+    each client's examples kept as its own test set. limit: use at most so many training rows, drawn
+    by the seed (0: all).
     """
 
     source: str = "pydocs"
@@ -137,12 +138,14 @@ class Evaluation:
     """When and how the adapter is measured.
 
     every: rounds between evaluations on the global test set (the last round always counts).
-    clients: also on every client's own hold-out, at the end. local_test: how many test examples
-    each local-only adapter of the baseline is measured on (0: all).
+    clients: also on the clients' own hold-outs, at the end. most: at most so many clients, drawn by
+    the seed, for what is measured client by client; the baseline ``local`` trains no others (0:
+    all). local_test: how many test examples each local-only adapter is measured on (0: all).
     """
 
     every: int = 1
     clients: bool = True
+    most: int = 1000
     local_test: int = 500
 
 

@@ -81,6 +81,7 @@ _RULES = {
     "local.warmup": _BELOW_1,
     "local.clip_norm": _FINITE,
     "evaluation.every": _FROM_1,
+    "evaluation.most": _FROM_0,
     "evaluation.local_test": _FROM_0,
     "engine.chunk": _FROM_0,
     "engine.threads": _FROM_0,

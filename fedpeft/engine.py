@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from fedpeft import sampling
@@ -53,7 +54,7 @@ def play_round(
     """
     began = time.perf_counter()
     sizes = federation.clients()
-    names = sampling.draw(rounds.sampling, tuple(sizes), seed, number)
+    names = sampling.draw(rounds.sampling, sizes, seed, number)
     lost = sampling.draw_failures(rounds.failure_rate, names, seed, number)
     if not names:
         empty = RoundReport(number, (), (), {}, 0, math.nan, {}, {}, time.perf_counter() - began)
@@ -68,8 +69,8 @@ def play_round(
     like = strategy.expects(messages[0])
     intake = Intake(like, dict(zip(messages.clients, weight.tolist(), strict=True)))
     stream = intake.stream(federation.run(number, messages))
-    first = next(stream, None)
-    after = state if first is None else strategy.receive(state, _chain(first, stream))
+    first = list(islice(stream, 1))
+    after = strategy.receive(state, _chain(first, stream)) if first else state
     for _ in stream:  # whatever the strategy left unread still counts in the books
         pass
     if intake.replied < max(1, math.ceil(rounds.quorum * len(names))):
@@ -89,8 +90,10 @@ def play_round(
     return after, report
 
 
-def _chain(first: Messages, rest: Iterator[Messages]) -> Iterator[Messages]:
-    yield first
+def _chain(first: list[Messages], rest: Iterator[Messages]) -> Iterator[Messages]:
+    """``first``, which is emptied so that nobody keeps it, and the rest."""
+    while first:
+        yield first.pop()
     yield from rest
 
 

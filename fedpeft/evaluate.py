@@ -32,8 +32,7 @@ def score_clients(
     Examples are taken in order of length, so that little is padded.
     """
     set_mode(network.model, training=False, base_dropout=False)
-    lengths = examples.lengths.numpy()
-    ordered = [own[np.argsort(lengths[own], kind="stable")] for own in index]
+    ordered = [own[np.argsort(examples.lengths_of(own), kind="stable")] for own in index]
     clients, each = len(index), max(1, ROWS // len(index))
     longest = max(len(own) for own in ordered)
     placed = {name: value.to(network.device) for name, value in adapters.items()}

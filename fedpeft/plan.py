@@ -13,6 +13,9 @@ from fedpeft.local import steps_of
 from fedpeft.model import kind_of
 from fedpeft.prepare import Prepared
 
+SOME = 1000
+"""Clients whose data are read for the plan: every one, or every n-th."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -21,8 +24,8 @@ class Plan:
     clients: how many; sampled: expected per round. examples, steps: per client (smallest, median,
     largest); steps are optimizer steps per round. test: examples of the global test set.
     trainable: parameters by kind; frozen: of the base. down, up: bytes per client and round by
-    kind. tokens: expected per round. memory: estimate per client of a chunk, in bytes. workers:
-    processes with a chunk each (of Flower's engine: 1).
+    kind. tokens: expected per round (SOME clients'). memory: estimate per client of a chunk, in
+    bytes. workers: processes with a chunk each (of Flower's engine: 1).
     """
 
     strategy: str
@@ -49,17 +52,20 @@ class Plan:
 def make_plan(prepared: Prepared) -> Plan:
     """The plan of a prepared run."""
     recipe, network, population = prepared.recipe, prepared.network, prepared.population
-    names = list(prepared.problem.clients)
+    names = prepared.problem.clients
     sent = prepared.strategy.send(prepared.strategy.init(prepared.problem), 1, names[:1])
     reply = prepared.strategy.expects(sent[0])
-    sizes = np.array([len(client.train) for client in population.clients])
-    steps = np.array([steps_of(int(n), recipe.local) for n in sizes])
+    sizes = population.clients.roster.numbers
+    distinct, which = np.unique(sizes, return_inverse=True)
+    steps = np.array([steps_of(int(n), recipe.local) for n in distinct])[which]
     trainable: dict[str, int] = {}
     for name, value in network.initial.items():
         trainable[kind_of(name)] = trainable.get(kind_of(name), 0) + value.numel()
     sampled = sampling.expected(recipe.rounds.sampling, len(names))
     federation = prepared.federation()
-    tokens = sum(federation.tokens(name) for name in names) * sampled / len(names)
+    some = names[:: -(-len(names) // SOME)]
+    tokens = sum(federation.tokens(name) for name in some) * sampled / len(some)
+    population.release()
     scalars = {"weight": 0.0, "loss": 0.0}
     return Plan(
         strategy=str(recipe.strategy["name"]),

@@ -20,7 +20,10 @@ from fedpeft.cohort.lanes import Lane, LoopLane, speed_up
 from fedpeft.cohort.self_check import check_per_example
 from fedpeft.config import Recipe
 from fedpeft.data.build import build_population, pool
-from fedpeft.data.clients import Population
+from fedpeft.data.clients import Clients, Population
+from fedpeft.data.store import is_store, verify_store
+from fedpeft.data.store_writer import write_store
+from fedpeft.data.stored import origin_of
 from fedpeft.errors import FedpeftError
 from fedpeft.model import Network, attach, build_network, load_base, load_tokenizer
 from fedpeft.strategy import Problem, Strategy, build
@@ -48,7 +51,7 @@ class Prepared:
         return Problem(
             initial=self.network.initial,
             scaling=self.network.scaling,
-            clients=tuple(sorted(client.name for client in self.population.clients)),
+            clients=self.population.clients.names,
             rounds=self.recipe.rounds.count,
             seed=self.recipe.seed,
         )
@@ -165,6 +168,20 @@ def assemble(
     return Prepared(recipe, strategy, population, network, lane, tokenizer)
 
 
+def prepare_store(recipe: Recipe, folder: str) -> Population:
+    """Writes the recipe's clients into a new store and reads it back, every byte."""
+    if is_store(recipe.data.source):
+        raise FedpeftError(
+            f"data.source={recipe.data.source!r} is a store already: copy the folder, or name the "
+            "source that it was made from."
+        )
+    tokenizer = load_tokenizer(recipe.model, recipe.data.task)
+    population = build_population(recipe.data, recipe.partition, tokenizer, recipe.seed)
+    write_store(population, folder, origin_of(recipe, tokenizer))
+    verify_store(folder)
+    return population
+
+
 def prepare_network(recipe: Recipe, population: Population, device: torch.device) -> Network:
     """The recipe's base model with its adapter, for the population's task and labels."""
     task, classes = population.task, len(population.labels)
@@ -177,19 +194,23 @@ def prepare_network(recipe: Recipe, population: Population, device: torch.device
 def as_baseline(prepared: Prepared, name: str) -> Prepared:
     """The same model and data under another strategy (a reference such as ``local``).
 
-    The reference gets the whole run's local training in one round, with every client: as many
-    passes as a client makes on average over the federated run.
+    The reference gets the whole run's local training in one round, with every client that is
+    measured: as many passes as a client makes on average over the federated run.
     """
     recipe = prepared.recipe
     strategy = build(name, {})
-    population = pool(prepared.population) if strategy.pools else prepared.population
-    share = sampling.expected(recipe.rounds.sampling, len(prepared.population.clients)) / len(
-        prepared.population.clients
-    )
+    everyone = prepared.population.clients
+    if strategy.pools:
+        population = pool(prepared.population)
+    else:
+        names = sampling.measured(recipe.evaluation.most, everyone.roster, recipe.seed)
+        own = Clients.of(everyone.find(name) for name in names)
+        population = dataclasses.replace(prepared.population, clients=own)
+    share = sampling.expected(recipe.rounds.sampling, len(everyone)) / len(everyone)
     passes = recipe.rounds.count * share
     local = recipe.local
     if local.steps:
-        factor = len(prepared.population.clients) if strategy.pools else 1
+        factor = len(everyone) if strategy.pools else 1
         local = dataclasses.replace(local, steps=max(1, round(local.steps * passes * factor)))
     else:
         local = dataclasses.replace(local, epochs=max(1, round(local.epochs * passes)))

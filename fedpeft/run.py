@@ -143,9 +143,7 @@ class _Job:
 
     def _round(self, federation: Federation, number: int) -> None:
         recipe, strategy = self.prepared.recipe, self.prepared.strategy
-        names = sampling.draw(
-            recipe.rounds.sampling, tuple(federation.clients()), recipe.seed, number
-        )
+        names = sampling.draw(recipe.rounds.sampling, federation.clients(), recipe.seed, number)
         self.watcher.round_began(number, len(names), self._tokens(names))
         state, report = play_round(
             strategy, self.at.state, federation, recipe.rounds, recipe.seed, number

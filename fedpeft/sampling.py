@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable
+
+import numpy as np
 
 from fedpeft import streams
 from fedpeft.config import Sampling
 from fedpeft.errors import FedpeftError
+from fedpeft.names import Roster
 
 
 def check(sampling: Sampling, clients: int) -> None:
@@ -21,25 +24,35 @@ def check(sampling: Sampling, clients: int) -> None:
 def expected(sampling: Sampling, clients: int) -> float:
     """The expected number of clients per round."""
     if sampling.kind == "uniform":
-        return max(1, round(sampling.fraction * clients))
+        return float(max(1, round(sampling.fraction * clients)))
     if sampling.kind == "fixed":
-        return min(sampling.size, clients)
+        return float(min(sampling.size, clients))
     return sampling.rate * clients
 
 
-def draw(sampling: Sampling, clients: Sequence[str], seed: int, round_: int) -> tuple[str, ...]:
-    """The clients of a round, sorted. Poisson sampling may draw none."""
-    names = sorted(clients)
+def draw(sampling: Sampling, clients: Collection[str], seed: int, round_: int) -> tuple[str, ...]:
+    """The clients of a round, sorted. Poisson sampling may draw none.
+
+    Of a ``Roster`` no more names are read than are drawn.
+    """
+    names = clients.names if isinstance(clients, Roster) else sorted(clients)
     stream = streams.numpy_stream(seed, "sampling", round_)
     if sampling.kind == "poisson":
-        chosen = stream.random(len(names)) < sampling.rate
-        return tuple(name for name, take in zip(names, chosen, strict=True) if take)
-    check(sampling, len(names))
-    index = stream.choice(len(names), size=int(expected(sampling, len(names))), replace=False)
-    return tuple(names[i] for i in sorted(index))
+        index = np.flatnonzero(stream.random(len(names)) < sampling.rate)
+    else:
+        check(sampling, len(names))
+        size = int(expected(sampling, len(names)))
+        index = np.sort(stream.choice(len(names), size=size, replace=False))
+    return tuple(names[i] for i in index.tolist())
 
 
-def draw_failures(rate: float, clients: Sequence[str], seed: int, round_: int) -> set[str]:
+def measured(most: int, clients: Collection[str], seed: int) -> tuple[str, ...]:
+    """The clients that are measured at the end: all, or ``most`` of them, drawn by the seed."""
+    size = min(most or len(clients), len(clients))
+    return draw(Sampling("fixed", size=size), clients, seed, 0)
+
+
+def draw_failures(rate: float, clients: Iterable[str], seed: int, round_: int) -> set[str]:
     """The clients that drop out of a round, each with probability ``rate``, from its own stream."""
     return {
         name

@@ -179,14 +179,14 @@ class Problem:
 
     initial: every trainable tensor of the model as peft initialised it, float32.
     scaling: LoRA layer (the prefix of its tensors' names) -> s in ``W + s B A``; else empty.
-    clients: names of all registered clients.
+    clients: names of all registered clients, ascending; there may be a million.
     rounds: communication rounds that the run will have.
     seed: the run's seed; derive streams with ``fedpeft.streams``.
     """
 
     initial: Tree
     scaling: Mapping[str, float]
-    clients: tuple[str, ...]
+    clients: Sequence[str]
     rounds: int
     seed: int
 

@@ -211,7 +211,7 @@ class RunningMean:
         """Adds K clients: ``stacked`` is ``[K, *shape]``, ``weights`` is ``[K]``, non-negative."""
         one = row(stacked, 0)
         if self._sum is None:
-            self._like = one
+            self._like = {n: torch.empty_like(t, device="meta") for n, t in one.items()}
             self._sum = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in one.items()}
         check_same(self._like, one)
         for name, tensor in stacked.items():

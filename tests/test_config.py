@@ -222,8 +222,8 @@ RANGES: dict[str, tuple[list[object], list[object]]] = {
     "not empty": (["x"], ["", " "]),
 }
 BOUNDS = {
-    "at least 0": "seed data.limit local.steps evaluation.local_test engine.chunk engine.threads "
-    "engine.workers",
+    "at least 0": "seed data.limit local.steps evaluation.most evaluation.local_test engine.chunk "
+    "engine.threads engine.workers",
     "at least 1": "data.max_length partition.classes partition.shards partition.min_examples "
     "rounds.count rounds.sampling.size local.batch_size local.accumulate evaluation.every "
     "output.checkpoint_every output.keep",

@@ -16,6 +16,7 @@ from fedpeft.cohort.federation import CohortFederation
 from fedpeft.cohort.lanes import LoopLane
 from fedpeft.comms.ledger import message_bytes
 from fedpeft.config import Rounds, Sampling
+from fedpeft.data.clients import Clients
 from fedpeft.engine import RoundReport, play_round
 from fedpeft.errors import QuorumError
 from fedpeft.federation import Failure
@@ -168,7 +169,9 @@ def test_one_faulty_client_is_excluded_named_and_the_round_goes_on(fault: str, s
         assert list(report.excluded) == ["c1"] and said in report.excluded["c1"]
         assert report.replied == 3
     data = tiny.population
-    others = dataclasses.replace(data, clients=tuple(c for c in data.clients if c.name != "c1"))
+    others = dataclasses.replace(
+        data, clients=Clients.of(c for c in data.clients if c.name != "c1")
+    )
     tiny.population = others
     wanted, _ = play(tiny, FedAvg(), tiny.federation(FedAvg()), rounds)
     assert relative(state.adapter, wanted.adapter) < 1e-6

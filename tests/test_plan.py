@@ -10,6 +10,7 @@ import pytest
 from fedpeft.config import Engine, Output, Rounds, Sampling
 from fedpeft.engine import RoundReport
 from fedpeft.events import Watcher
+from fedpeft.local import steps_of
 from fedpeft.metrics import Score
 from fedpeft.plan import Plan, make_plan
 from fedpeft.prepare import prepare
@@ -59,3 +60,22 @@ def test_planned_bytes_and_clients_are_what_the_run_counts(tmp_path: Path, strat
     assert books.trained == sum(books.tokens)
     assert planned.clients == 4 and planned.examples[0] >= 1
     assert planned.trainable["head"] == 16 * 3 + 3
+
+
+def test_the_plan_spreads_clients_as_a_loop_would(tmp_path: Path) -> None:
+    write_tiny(tmp_path, sizes=(14, 4, 4, 11, 4, 4))
+    prepared = prepare(dataclasses.replace(tiny_recipe(tmp_path), engine=Engine(device="cpu")))
+    sizes = sorted(len(client.train) for client in prepared.population.clients)
+    steps = sorted(steps_of(size, prepared.recipe.local) for size in sizes)
+    plan = make_plan(prepared)
+    assert len(set(steps)) > 1
+    assert plan.steps == (steps[0], (steps[2] + steps[3]) // 2, steps[-1])
+    assert plan.examples == (sizes[0], (sizes[2] + sizes[3]) // 2, sizes[-1])
+
+
+def test_of_many_clients_some_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny(tmp_path, sizes=(6, 11, 4, 14, 4))
+    prepared = prepare(dataclasses.replace(tiny_recipe(tmp_path), engine=Engine(device="cpu")))
+    every = prepared.federation()
+    monkeypatch.setattr("fedpeft.plan.SOME", 2)
+    assert make_plan(prepared).tokens == round(5 * (every.tokens("c0") + every.tokens("c3")) / 2)

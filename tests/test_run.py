@@ -21,6 +21,7 @@ from fedpeft.engine import RoundReport
 from fedpeft.errors import FedpeftError
 from fedpeft.events import Summary, Watcher
 from fedpeft.metrics import Score
+from fedpeft.prepare import prepare_store
 from fedpeft.record import checkpoint as checkpoints
 from fedpeft.run import resume, run
 from tests.tiny import tiny_recipe, write_tiny
@@ -307,3 +308,61 @@ def test_a_model_without_the_target_modules(files: Path, tmp_path: Path) -> None
     made = dataclasses.replace(recipe(files, tmp_path / "r"), adapter=adapter)
     with pytest.raises(FedpeftError, match=r"target_modules must name modules.*query, value"):
         run(made, Watcher())
+
+
+def test_a_run_from_a_store_is_the_run_from_memory(files: Path, tmp_path: Path) -> None:
+    """Bit by bit; and a resume knows the data again, wherever they lie."""
+    made = dataclasses.replace(
+        recipe(files, tmp_path / "memory"), baselines=("untrained", "local", "centralised")
+    )
+    prepare_store(made, str(tmp_path / "store"))
+    run(made, Watcher())
+    stored = dataclasses.replace(
+        made,
+        data=dataclasses.replace(made.data, source=str(tmp_path / "store")),
+        output=Output(folder=str(tmp_path / "stored")),
+    )
+    run(stored, Watcher())
+    assert digest(tmp_path / "stored") == digest(tmp_path / "memory")
+    for kind in ("evaluation", "baseline"):
+        assert lines(tmp_path / "stored", kind) == lines(tmp_path / "memory", kind)
+    data = "data.json"
+    assert (tmp_path / "stored" / data).read_text() == (tmp_path / "memory" / data).read_text()
+    resume(str(tmp_path / "stored"), Watcher())
+
+
+def test_at_most_so_many_clients_are_measured(files: Path, tmp_path: Path) -> None:
+    """The baseline ``local`` trains no others; training itself is as it was."""
+    found = {}
+    for most in (0, 4, 2):
+        made = dataclasses.replace(
+            recipe(files, tmp_path / str(most)),
+            baselines=("untrained", "local"),
+            evaluation=Evaluation(most=most),
+        )
+        watched = Measured()
+        found[most] = run(made, watched), watched
+    (all_, _), (four, _), (_, watched) = found.values()
+    assert [dataclasses.replace(r, seconds=0) for r in all_.rows] == [
+        dataclasses.replace(r, seconds=0) for r in four.rows
+    ]
+    assert digest(tmp_path / "2") == digest(tmp_path / "4")
+    measured = [line["score"] for line in lines(tmp_path / "2", "evaluation")][-1]
+    every = [line["score"] for line in lines(tmp_path / "4", "evaluation")][-1]
+    assert len(measured) == 2 and len(every) == 4
+    assert measured == {name: every[name] for name in measured}
+    assert watched.began[-1] == ("local", 2)
+
+
+class Measured(Watcher):
+    """Notes how many clients each training begins with."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.began: list[tuple[str, int]] = []
+
+    def stage(self, name: str, rounds: int) -> None:
+        self.name = name
+
+    def round_began(self, number: int, clients: int, tokens: int) -> None:
+        self.began.append((self.name, clients))

@@ -9,9 +9,15 @@ import pytest
 
 from fedpeft.config import Sampling
 from fedpeft.errors import FedpeftError
-from fedpeft.sampling import check, draw, draw_failures, expected
+from fedpeft.names import Names, Roster
+from fedpeft.sampling import check, draw, draw_failures, expected, measured
 
 NAMES = [f"c{i:02}" for i in range(20)]
+EARLIER = {
+    "fixed": ("c12", "c16", "c19"),
+    "uniform": ("c05", "c11", "c13", "c18"),
+    "poisson": ("c03", "c10", "c11", "c13", "c17"),
+}
 
 
 def test_uniform_draws_the_fraction_without_replacement() -> None:
@@ -47,6 +53,38 @@ def test_the_draw_depends_on_seed_and_round_not_on_order(kind: str) -> None:
     assert len(others) > 15
 
 
+@pytest.mark.parametrize("kind", ["uniform", "fixed", "poisson"])
+def test_a_roster_draws_what_its_names_draw_and_reads_no_others(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = Sampling(kind, fraction=0.001, size=30, rate=0.001)  # type: ignore[arg-type]
+    names = [f"c{i:05}" for i in range(30_000)]
+    wanted = [draw(sampling, names, seed, 1) for seed in range(3)]
+    roster, plain, read = Roster(Names.of(names), np.ones(30_000)), Names.__getitem__, []
+
+    def watched(self: Names, at: int) -> str:
+        read.append(at)
+        return plain(self, at)
+
+    monkeypatch.setattr(Names, "__getitem__", watched)
+    assert [draw(sampling, roster, seed, 1) for seed in range(3)] == wanted
+    assert len(read) == sum(map(len, wanted)) > 50
+
+
+def test_cohorts_are_those_of_earlier_versions() -> None:
+    """The same seed keeps drawing the same clients."""
+    assert draw(Sampling("fixed", size=3), NAMES, 0, 1) == EARLIER["fixed"]
+    assert draw(Sampling("uniform", fraction=0.2), NAMES, 3, 2) == EARLIER["uniform"]
+    assert draw(Sampling("poisson", rate=0.2), NAMES, 1, 5) == EARLIER["poisson"]
+
+
+def test_all_are_measured_or_a_sample_by_the_seed() -> None:
+    assert measured(0, NAMES, 0) == measured(20, NAMES, 0) == measured(99, NAMES, 5) == tuple(NAMES)
+    some = measured(7, NAMES, 0)
+    assert len(set(some)) == 7 and list(some) == sorted(some) and set(some) < set(NAMES)
+    assert measured(7, NAMES, 0) == some != measured(7, NAMES, 1)
+
+
 def test_failures_have_the_rate_and_come_back() -> None:
     lost = [draw_failures(0.2, NAMES, 0, t) for t in range(1000)]
     assert np.mean([len(each) for each in lost]) == pytest.approx(4, abs=0.3)
@@ -58,3 +96,5 @@ def test_expected_cohort() -> None:
     assert expected(Sampling("uniform", fraction=0.5), 20) == 10
     assert expected(Sampling("fixed", size=7), 20) == 7
     assert expected(Sampling("poisson", rate=0.1), 20) == pytest.approx(2)
+    for kind in ("uniform", "fixed", "poisson"):  # before Python 3.12 an int has no is_integer
+        assert type(expected(Sampling(kind), 20)) is float  # type: ignore[arg-type]

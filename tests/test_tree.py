@@ -97,6 +97,17 @@ def test_stack_row_rows_and_broadcast_agree() -> None:
     assert same(tree.row(tree.rows(stacked, [3, 1]), 0), make(4))
     assert same(tree.row(tree.rows(stacked, [3, 1]), 1), make(2))
     assert {n: t.shape[0] for n, t in tree.rows(stacked, []).items()} == {"b": 0, "a": 0, "c": 0}
+
+
+def test_rows_of_a_broadcast_tree_are_views_of_its_one_copy() -> None:
+    """However many clients drop out of a round, no client costs a copy of what was sent."""
+    one = make(1)
+    for index in ([3, 1, 4], [0], [2, 2], []):
+        found = tree.rows(tree.broadcast(one, 5), index)
+        for name, value in found.items():
+            assert value.shape == (len(index), *one[name].shape)
+            assert torch.equal(value, one[name].expand_as(value))
+            assert value.data_ptr() == one[name].data_ptr() or not len(index)
     wide = tree.broadcast(make(), 10_000)
     assert wide["b"].shape == (10_000, 2, 3) and same(tree.row(wide, 9_999), make())
     assert wide["b"].untyped_storage().nbytes() == 6 * 4, "views on one copy"

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from fedpeft.cohort.federation import CohortFederation, Settings
 from fedpeft.cohort.lanes import FoldLane, Lane
 from fedpeft.config import Data, Engine, Local, Model, Partition, Recipe, Rounds
-from fedpeft.data.clients import ClientData, Population
+from fedpeft.data.clients import ClientData, Clients, Population
 from fedpeft.data.examples import flatten
 from fedpeft.model import Network, attach, build_network
 from fedpeft.strategy import Problem, Strategy
@@ -66,7 +66,7 @@ def tiny_population(sizes: Sequence[int], held: int = 3, seed: int = 0) -> Popul
         clients.append(ClientData(f"c{k}", own[:size], own[size:]))
         start += size + held
     labels = tuple(f"label-{n}" for n in range(CLASSES))
-    return Population("classification", tuple(clients), examples, examples, labels, "tiny")
+    return Population("classification", Clients.of(clients), examples, examples, labels, "tiny")
 
 
 def tiny_network(adapter: Mapping[str, Any], seed: int = 0, layers: int = 1) -> Network:
@@ -92,8 +92,7 @@ class Tiny:
 
     @property
     def problem(self) -> Problem:
-        names = tuple(sorted(client.name for client in self.population.clients))
-        network = self.network
+        names, network = self.population.clients.names, self.network
         return Problem(network.initial, network.scaling, names, self.rounds.count, self.seed)
 
     def federation(

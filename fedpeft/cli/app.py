@@ -124,6 +124,7 @@ def check(
 ) -> None:
     """Show what a run would train, send and need. Loads data and model, trains nothing.
 
+    Reads every byte of a store (data.source) to see that it is whole; a run does not.
     RECIPE and KEY=VALUE are as for `fedpeft run`.
     """
     out, screen = sys.stdout, Console(highlight=False)
@@ -131,16 +132,45 @@ def check(
     with reported(verbose):
         with logs.shown(told, verbose=verbose), Bars(screen, shown=not json):
             from fedpeft.config_load import load_recipe
+            from fedpeft.data.store import is_store, verify_store
             from fedpeft.plan import make_plan
             from fedpeft.prepare import prepare
 
-            found = make_plan(prepare(load_recipe(recipe, overrides or [])))
+            loaded = load_recipe(recipe, overrides or [])
+            if is_store(loaded.data.source):
+                verify_store(loaded.data.source)
+            found = make_plan(prepare(loaded))
         if json:
             from fedpeft.cli.jsonl import write
 
             write(out, "plan", {"plan": found})
         else:
             screen.print(tables.plan(found))
+
+
+@app.command(short_help="Write a recipe's clients into a store on disk.")
+def store(
+    recipe: RecipeName,
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", hidden=True)],
+    overrides: Overrides = None,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Write a recipe's clients, tokenised and divided, into a store on disk.
+
+    FOLDER is new or empty. Runs with data.source=FOLDER open it at once, read a client when they
+    train it, and give the same adapter. RECIPE and KEY=VALUE are as for `fedpeft run`.
+    """
+    screen = Console(highlight=False)
+    with reported(verbose), logs.shown(screen, verbose=verbose), Bars(screen, shown=True):
+        from fedpeft.config_load import load_recipe
+        from fedpeft.prepare import prepare_store
+
+        made = prepare_store(load_recipe(recipe, overrides or []), folder)
+        screen.print(
+            f"{len(made.clients):,} clients, {len(made.examples):,} training and hold-out examples "
+            f"in {folder}",
+            soft_wrap=True,
+        )
 
 
 @app.command("list", short_help="List what a recipe can name, with one line each.")

@@ -16,6 +16,7 @@ SOURCES = {
     "pydocs": "functions of your own Python's standard library; no download, clients are files",
     "FILE": "a .csv, .json, .jsonl or .parquet file",
     "FOLDER": "a folder with such files (data.train, data.test), or written by save_to_disk",
+    "STORE": "a folder that `fedpeft store` wrote: clients are read when they train",
     "HUB_ID": "a Hugging Face data set, such as banking77 (data.subset, data.train, data.test)",
 }
 """``data.source``; a name in capitals stands for what you put there."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ COHORT = 8
 """Clients that a strategy sees at once, for each one in flight: so rows can be refilled."""
 
 
+SOME = 10_000
+"""Examples whose lengths are read to find a long batch."""
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes that training needs beside the model, and bytes free on the device.
@@ -65,7 +70,7 @@ def estimate(network: Network, gradients: Gradients, workers: int = 1) -> Memory
     kept, blocks = kept_for_backward(network, gradients), gradients.lane.blocks
     if blocks:  # what lies outside them, their inputs, and one block while it is recomputed
         whole = kept_for_backward(network, gradients, training=False)
-        tokens = gradients.local.batch_size * int(gradients.examples.lengths.max())
+        tokens = gradients.local.batch_size * gradients.examples.longest
         config: Any = network.model.config
         inputs = 4 * blocks * tokens * int(config.hidden_size)
         kept += inputs + (whole - kept) // blocks
@@ -114,7 +119,7 @@ def choose(network: Network, gradients: Gradients, workers: int = 1) -> int:
     if isinstance(gradients.lane, LoopLane):
         return 1
     need, kind = estimate(network, gradients, workers), network.device.type
-    tokens = max(1, gradients.local.batch_size * int(gradients.examples.lengths.max()))
+    tokens = max(1, gradients.local.batch_size * gradients.examples.longest)
     by_tokens = max(1, min(MOST[kind], round(TOKENS[kind] / tokens)))
     by_memory = max(1, int(SHARE * need.free / max(1, need.per_client)))
     most = min(by_tokens, by_memory)
@@ -167,8 +172,12 @@ def _copies(network: Network, clients: int) -> Tree:
 
 
 def _longest(gradients: Gradients, clients: int) -> Batch:
-    """A batch of the longest examples for each of ``clients`` clients."""
-    size, lengths = gradients.local.batch_size, gradients.examples.lengths
-    longest = torch.topk(lengths, min(size, len(lengths))).indices
-    index = longest.repeat(-(-size // len(longest)))[:size]
-    return gradients.examples.batch(index.repeat(clients, 1)).to(gradients.device)
+    """A batch as long as the longest example for each of ``clients`` clients.
+
+    Of very many examples every n-th is looked at: rows are padded to the longest in any case.
+    """
+    size, examples = gradients.local.batch_size, gradients.examples
+    some = np.arange(0, len(examples), -(-len(examples) // SOME))
+    longest = some[np.argsort(-examples.lengths_of(some), kind="stable")[:size]]
+    index = torch.from_numpy(np.resize(longest, (1, size))).repeat(clients, 1)
+    return examples.batch(index, at_least=examples.longest).to(gradients.device)

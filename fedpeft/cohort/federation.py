@@ -66,7 +66,7 @@ class CohortFederation:
     ) -> None:
         self._network = network
         self._population = population
-        self._data = {client.name: client for client in population.clients}
+        self._clients = population.clients
         self._strategy = strategy
         self._settings = settings
         self._chunk = chunk
@@ -79,7 +79,7 @@ class CohortFederation:
 
     def clients(self) -> Mapping[str, int]:
         """Client -> number of training examples, sorted by name."""
-        return {name: len(self._data[name].train) for name in sorted(self._data)}
+        return self._clients.roster
 
     def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure]:
         """Trains the clients cohort by cohort; yields a stack of replies, or a failure, of each."""
@@ -116,18 +116,18 @@ class CohortFederation:
         for chunk in messages.split(self._chunk):
             yield from self._isolated(round, chunk, work)
 
-    def score_shared(self, adapter: Tree) -> dict[str, Score]:
-        """One complete adapter (unstacked) on every client's own hold-out."""
+    def score_shared(self, adapter: Tree, names: Sequence[str]) -> dict[str, Score]:
+        """One complete adapter (unstacked) on the own hold-outs of these clients."""
         found: dict[str, Score] = {}
-        names = list(self.clients())
         for start in range(0, len(names), self._chunk):
             part = names[start : start + self._chunk]
-            held = [self._data[name].holdout for name in part]
+            held = [self._clients.find(name).holdout for name in part]
             stacked = broadcast(adapter, len(part))
             scores = score_clients(
                 self._network, self._gradients.lane, stacked, held, self._population.examples
             )
             found.update(zip(part, scores, strict=True))
+            self._population.release()
         return found
 
     def memory(self) -> Memory:
@@ -172,7 +172,7 @@ class CohortFederation:
 
     def _on_cohort(self, round: int, messages: Messages, work: Work) -> Any:
         """``work`` on the cohort of ``messages``; its private memory is kept when all went well."""
-        own = [self._data[name] for name in messages.clients]
+        own = [self._clients.find(name) for name in messages.clients]
         memory = {c.name: dict(self._memory.get(c.name, {})) for c in own}
         progress = Progress(round, self._settings.rounds.count)
         info = RoundInfo(progress, self._settings.seed)
@@ -184,6 +184,7 @@ class CohortFederation:
             )
             found = work(messages.to(self._network.device), cohort)
         self._memory.update({name: kept for name, kept in memory.items() if kept})
+        self._population.release()
         return found
 
     def _train(self, messages: Messages, cohort: TorchCohort) -> Messages:
@@ -191,7 +192,7 @@ class CohortFederation:
         return self._strategy.train(messages, cohort)
 
     def _score(self, messages: Messages, cohort: TorchCohort) -> dict[str, Score]:
-        held = [self._data[name].holdout for name in cohort.clients]
+        held = [self._clients.find(name).holdout for name in cohort.clients]
         return self._score_on(messages, cohort, held, self._population.examples)
 
     def _score_on(
@@ -210,9 +211,8 @@ class CohortFederation:
 
     def tokens(self, name: str) -> int:
         """Tokens that a client trains on in a round, on average."""
-        data, local = self._data[name], self._settings.local
-        lengths = self._population.examples.lengths[torch.from_numpy(data.train)]
-        per_example = float(lengths.double().mean())
+        data, local = self._clients.find(name), self._settings.local
+        per_example = float(self._population.examples.lengths_of(data.train).mean())
         if local.steps:
             seen = local.steps * min(len(data.train), local.batch_size * local.accumulate)
         else:

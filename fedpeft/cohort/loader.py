@@ -80,7 +80,7 @@ class Loader:
 
     def _parts(self, index: np.ndarray) -> list[np.ndarray]:
         """The step's rows as parts of at most ``batch_size`` rows a client, short rows first."""
-        lengths = self._examples.lengths.numpy()[index.clip(min=0)] * (index >= 0)
+        lengths = self._examples.lengths_of(index.clip(min=0)) * (index >= 0)
         order = np.argsort(lengths, axis=1, kind="stable")
         width = max(1, int((index >= 0).sum(1).max()))
         ordered = np.take_along_axis(index, order, axis=1)[:, -width:]
@@ -100,16 +100,15 @@ class Loader:
         """
         if not self._fixed:
             return 0
-        lengths = self._examples.lengths.numpy()
-        longest = int(lengths[part[part >= 0]].max(initial=1))
-        return min(int(lengths.max()), max(SHORTEST, 1 << (longest - 1).bit_length()))
+        longest = int(self._examples.lengths_of(part[part >= 0]).max(initial=1))
+        return min(self._examples.longest, max(SHORTEST, 1 << (longest - 1).bit_length()))
 
     def _items(self, index: np.ndarray) -> Tensor:
         """Loss items per row of a step: examples, or predicted tokens; at least 1."""
         present = torch.from_numpy(index >= 0)
         if self._examples.labels is not None:
             return present.sum(1).clamp(min=1)
-        lengths = self._examples.lengths[torch.from_numpy(index).clamp(min=0)] - 1
+        lengths = torch.from_numpy(self._examples.lengths_of(index.clip(min=0))) - 1
         return (lengths * present).sum(1).clamp(min=1)
 
 

@@ -177,7 +177,6 @@ class PerExample:
         self.local = gradients.local
         self.device = gradients.device
         self.budget = Budget.of(self.device) if budget is None else budget
-        self._lengths = self.examples.lengths.numpy()
 
     def step(
         self, matrix: Tensor, layout: Layout, index: np.ndarray, scale: Tensor
@@ -234,7 +233,7 @@ class PerExample:
     def _trainable(self, rows: _Rows) -> _Rows:
         """The examples that have something to predict; the others' loss and gradient are zero."""
         least = 1 if self.task == "classification" else 2
-        return rows.take(self._lengths[rows.example] >= least)
+        return rows.take(self.examples.lengths_of(rows.example) >= least)
 
     def _passes(
         self, rows: _Rows, size: int, clients: int
@@ -262,7 +261,10 @@ class PerExample:
             return False
         if self.budget.passes == 2:
             return True
-        tokens, overhead = int(self._lengths[rows.example].sum()), PASS_COST[self.device.type]
+        tokens, overhead = (
+            int(self.examples.lengths_of(rows.example).sum()),
+            PASS_COST[self.device.type],
+        )
         per_client = np.unique(rows.client, return_counts=True)[1]
         passes = int(np.ceil(per_client / self.local.batch_size).sum())
         one = tokens + math.ceil(len(rows) / most) * overhead
@@ -270,7 +272,7 @@ class PerExample:
 
     def _cut(self, rows: _Rows, unit: int, most: int) -> Iterator[_Rows]:
         """Passes of at most ``most`` blocks of ``unit`` examples, short ones first."""
-        lengths = self._lengths[rows.example]
+        lengths = self.examples.lengths_of(rows.example)
         order = np.argsort(lengths, kind="stable")
         ends = np.minimum(np.arange(unit, len(rows) + unit, unit), len(rows))
         costs = unit * lengths[order][ends - 1]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,10 +10,13 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fedpeft.config import Data, Partition
-from fedpeft.data.clients import ClientData, Population
+from fedpeft.data.clients import ClientData, Clients, Population
 from fedpeft.data.examples import Examples
+from fedpeft.data.fingerprint import sealed
 from fedpeft.data.partition import Divided, divide
 from fedpeft.data.sources import Rows, load_rows
+from fedpeft.data.store import is_store
+from fedpeft.data.stored import stored_population
 from fedpeft.data.tokens import Encoded, encode, take
 from fedpeft.errors import FedpeftError
 from fedpeft.streams import numpy_stream
@@ -33,28 +33,30 @@ def build_population(
     without usable text are left out, and counted in the log. Raises FedpeftError for whatever is
     wrong with the data or cannot be divided as asked.
     """
+    if is_store(data.source):
+        return stored_population(data, partition, tokenizer)
     rows = load_rows(data, seed)
     encoded = _encode(rows.train, data, tokenizer, "training")
     sizes = np.bincount(encoded.row, minlength=len(rows.train))
     divided = divide(rows.train, partition, sizes, seed)
     examples, owned = _own(encoded, divided, len(rows.train))
-    clients = tuple(
+    clients = Clients.of(
         _split(name, numbers, data.holdout, seed)
         for (name, _), numbers in zip(divided, owned, strict=True)
     )
     test = _test(rows, data, tokenizer, examples, clients)
     labels = rows.labels if data.task == "classification" else ()
-    return _sealed(Population(data.task, clients, examples, test, labels, ""))
+    return sealed(Population(data.task, clients, examples, test, labels, ""))
 
 
 def pool(population: Population) -> Population:
     """The same data in the hands of one client, ``everyone``: the centralised reference."""
     everyone = ClientData(
         "everyone",
-        np.sort(np.concatenate([c.train for c in population.clients])),
-        np.sort(np.concatenate([c.holdout for c in population.clients])),
+        np.sort(population.clients.train.values),
+        np.sort(population.clients.holdout.values),
     )
-    return _sealed(replace(population, clients=(everyone,)))
+    return sealed(replace(population, clients=Clients.of([everyone])))
 
 
 def _encode(rows: Dataset, data: Data, tokenizer: PreTrainedTokenizerBase, split: str) -> Encoded:
@@ -95,43 +97,15 @@ def _test(
     data: Data,
     tokenizer: PreTrainedTokenizerBase,
     examples: Examples,
-    clients: Sequence[ClientData],
+    clients: Clients,
 ) -> Examples:
     """The global test set: the source's own, else the union of the hold-outs."""
     if rows.test is not None:
         return _encode(rows.test, data, tokenizer, "test").examples
-    union = np.sort(np.concatenate([client.holdout for client in clients]))
+    union = np.sort(clients.holdout.values)
     if not len(union):
         raise FedpeftError(
             f"data.holdout={data.holdout} leaves no client an example to be measured on, and there "
             "is no test split. Raise data.holdout, or name a split with data.test."
         )
     return take(examples, union)
-
-
-def _sealed(population: Population) -> Population:
-    """The population with its fingerprint."""
-    digest = hashlib.sha256()
-    clients = population.clients
-    names = [population.task, population.labels, [client.name for client in clients]]
-    digest.update(json.dumps(names).encode())
-    for array in (*_arrays(population.examples), *_arrays(population.test)):
-        _update(digest, array)
-    for client in clients:
-        _update(digest, client.train)
-        _update(digest, client.holdout)
-    return replace(population, fingerprint=digest.hexdigest())
-
-
-def _arrays(examples: Examples) -> Iterator[np.ndarray]:
-    yield np.array([examples.pad])
-    for tensor in (examples.tokens, examples.starts, examples.labels):
-        if tensor is not None:
-            yield tensor.numpy()
-
-
-def _update(digest: hashlib._Hash, array: np.ndarray) -> None:
-    """Adds an array so that no two sequences of arrays give the same bytes."""
-    little = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
-    digest.update(f"{little.dtype.str}{little.shape}".encode())
-    digest.update(little.tobytes())

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fedpeft.errors import FedpeftError
 
 IGNORED = -100
 """The label of a position that no loss counts (PyTorch's convention)."""
@@ -51,26 +54,66 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a file says of the examples in it; checked as they are read.
+
+    tokens: token numbers are below it. labels: class numbers are below it. longest: tokens of the
+    longest example.
+    """
+
+    tokens: int
+    labels: int
+    longest: int
+
+    def check(self, tokens: Tensor, labels: Tensor | None) -> None:
+        """Raises FedpeftError where a token or label is out of range."""
+        for what, values, below in (
+            ("token", tokens, self.tokens),
+            ("label", labels, self.labels),
+        ):
+            if values is not None and len(values):
+                low, high = int(values.min()), int(values.max())
+                if low < 0 or high >= below:
+                    raise FedpeftError(
+                        f"{what} {high if high >= below else low} is not below {below}: the store "
+                        "of these examples is corrupt, write it again."
+                    )
+
+
+@dataclass(frozen=True)
 class Examples:
     """N tokenised examples.
 
     tokens: int32 ``[total]``; starts: int64 ``[N + 1]``; example i is
     ``tokens[starts[i]:starts[i+1]]``, at least one token. labels: int64 ``[N]`` class numbers, or
     None for causal language modelling, where the tokens are their own labels. pad: the pad token.
+    limits: of examples that lie in a file. The tensors may be views of the file.
     """
 
     tokens: Tensor
     starts: Tensor
     labels: Tensor | None
     pad: int
+    limits: Limits | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens per example, int64 ``[N]``."""
+        """Tokens per example, int64 ``[N]``; all of them: see ``lengths_of``."""
         return self.starts[1:] - self.starts[:-1]
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return int(self.lengths.max()) if self.limits is None else self.limits.longest
+
+    def lengths_of(self, index: np.ndarray) -> np.ndarray:
+        """Tokens of the examples ``index``, int64 of any shape; reads no others."""
+        starts = self.starts.numpy()
+        lengths: np.ndarray = starts[index + 1] - starts[index]
+        return lengths
 
     def batch(self, index: Tensor, at_least: int = 0) -> Batch:
         """The batch of examples ``index``, int64 ``[K, b]``; -1 marks an absent row.
@@ -80,16 +123,20 @@ class Examples:
         clients, flat = index.shape[0], index.reshape(-1)
         absent = flat < 0
         at = flat.clamp(min=0)
-        length = self.lengths[at].masked_fill(absent, 1)
+        begin = self.starts[at]
+        length = (self.starts[at + 1] - begin).masked_fill(absent, 1)
         position = torch.arange(max(at_least, int(length.max()) if len(length) else 0))
         real = position < length[:, None]  # [K*b, T]
-        where = (self.starts[at][:, None] + position).clamp(max=len(self.tokens) - 1)
+        where = (begin[:, None] + position).clamp(max=len(self.tokens) - 1)
         tokens = torch.where(real, self.tokens[where].long(), self.pad)
         counted = real & ~absent[:, None]
-        if self.labels is None:
+        classes = None if self.labels is None else self.labels[at]
+        if self.limits is not None:
+            self.limits.check(tokens, classes)
+        if classes is None:
             labels = torch.where(counted, tokens, IGNORED)
         else:
-            labels = self.labels[at].masked_fill(absent, IGNORED)
+            labels = classes.masked_fill(absent, IGNORED)
         padded = bool((length < len(position)).any())
         return Batch(tokens, real.long() if padded else None, labels, clients)
 

@@ -52,7 +52,7 @@ def encode(rows: Dataset, data: Data, tokenizer: PreTrainedTokenizerBase) -> Enc
 def take(examples: Examples, index: np.ndarray) -> Examples:
     """The examples at ``index``, int64, in that order."""
     starts = examples.starts.numpy()
-    lengths = (starts[1:] - starts[:-1])[index]
+    lengths = examples.lengths_of(index)
     tokens = examples.tokens[torch.from_numpy(_ranges(starts[index], lengths))]
     labels = None if examples.labels is None else examples.labels[torch.from_numpy(index)]
     return Examples(tokens, torch.from_numpy(_offsets(lengths)), labels, examples.pad)

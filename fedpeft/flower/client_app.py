@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 
 from flwr.app import ArrayRecord, Context, Error, RecordDict
@@ -93,8 +93,11 @@ def _prepared(recipe: str) -> Prepared:
     return prepare(replace(found, engine=Engine(kind="sequential", chunk=1, device=device)))
 
 
-def client_of(node_config: Mapping[str, object], clients: tuple[str, ...]) -> str:
-    """The client that a node is, by its configuration. Raises FedpeftError if there is none."""
+def client_of(node_config: Mapping[str, object], clients: Sequence[str]) -> str:
+    """The client that a node is, by its configuration. Raises FedpeftError if there is none.
+
+    clients: the names of all, ascending.
+    """
     name = node_config.get("client")
     if name is not None:
         if name not in clients:
@@ -109,7 +112,7 @@ def client_of(node_config: Mapping[str, object], clients: tuple[str, ...]) -> st
             f"node config partition-id={place} must be a number below {len(clients)}, this "
             f"recipe's number of clients; or name the client: client=NAME."
         )
-    return sorted(clients)[int(place)]
+    return clients[int(place)]
 
 
 def public_reason(text: str) -> str:
@@ -132,8 +135,8 @@ def _check(asked: Header, own: Header) -> None:
 
 
 def _describe(prepared: Prepared, request: Messages, own: Header, state: RecordDict) -> Message:
-    sizes = {client.name: len(client.train) for client in prepared.population.clients}
-    return Message(scalars={"examples": float(sizes[own.client])})
+    examples = prepared.population.clients.roster[own.client]
+    return Message(scalars={"examples": float(examples)})
 
 
 def _train(prepared: Prepared, request: Messages, own: Header, state: RecordDict) -> Message:

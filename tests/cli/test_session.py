@@ -130,6 +130,29 @@ def test_check_trains_nothing(files: Path, tmp_path: Path) -> None:
     assert "clients at once 2" in words
 
 
+def test_a_store_is_written_and_run(files: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    made = call(files, "store", str(folder), "engine.chunk=2")
+    assert (made.exit_code, made.stderr) == (0, "")
+    assert made.stdout == f"4 clients, 35 training and hold-out examples in {folder}\n"
+    again = call(files, "store", str(folder))
+    assert again.exit_code == 2 and "is there already" in again.stderr
+    of_store = call(files, "store", str(tmp_path / "t"), f"data.source={folder}")
+    assert of_store.exit_code == 2 and "is a store already" in of_store.stderr
+    done = call(files, "run", f"data.source={folder}", f"output.folder={tmp_path / 'r'}")
+    assert (done.exit_code, done.stderr) == (0, "")
+
+
+def test_check_reads_every_byte_of_a_store(files: Path, tmp_path: Path) -> None:
+    call(files, "store", str(tmp_path / "s"))
+    assert call(files, "check", f"data.source={tmp_path / 's'}").exit_code == 0
+    with (tmp_path / "s" / "tokens.npy").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\3\0\0\0")
+    done = call(files, "check", f"data.source={tmp_path / 's'}")
+    assert done.exit_code == 2 and "tokens.npy: its SHA-256" in done.stderr
+
+
 def test_check_as_json(files: Path) -> None:
     done = call(files, "check", "--json", "rounds.count=7")
     (event,) = [json.loads(line) for line in done.stdout.splitlines()]

@@ -19,7 +19,7 @@ from fedpeft.cohort.choose import TOLERANCE, choose_lane, gap
 from fedpeft.cohort.federation import CohortFederation, Settings
 from fedpeft.cohort.lanes import FoldLane, Lane, LoopLane, VmapLane
 from fedpeft.config import Local, Rounds
-from fedpeft.data.clients import ClientData, Population, Task
+from fedpeft.data.clients import ClientData, Clients, Population, Task
 from fedpeft.data.examples import Batch
 from fedpeft.engine import play_round
 from fedpeft.metrics import client_sums
@@ -179,7 +179,7 @@ def population(task: Task) -> Population:
     for k, part in enumerate(np.split(np.arange(12, dtype=np.int64), [5, 9])):
         clients.append(ClientData(f"c{k}", part, part[:1]))
     labels = tuple(f"label-{n}" for n in range(CLASSES)) if task == "classification" else ()
-    return Population(task, tuple(clients), everything, everything, labels, "table")
+    return Population(task, Clients.of(clients), everything, everything, labels, "table")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +13,12 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 from datasets import Dataset
+from flwr_datasets.partitioner import IidPartitioner, NaturalIdPartitioner, Partitioner
 
 import fedpeft.data
 from fedpeft.config import Partition
-from fedpeft.data.partition import divide
+from fedpeft.data.partition import _by_label, divide
+from fedpeft.streams import derive, numpy_stream
 
 LABELS = 6
 
@@ -55,6 +60,28 @@ def test_every_usable_row_goes_to_exactly_one_client(partition: Partition, seed:
     for _, part in divided:
         assert part.dtype == np.int64
         assert list(part) == sorted(part)
+
+
+@pytest.mark.parametrize("partition", KINDS, ids=lambda p: f"{p.kind}-{p.clients}")
+def test_the_clients_are_those_of_flwr_datasets(partition: Partition) -> None:
+    """``load_partition`` is what the partitioners promise; it takes a millisecond a client."""
+    rows = rows_of(203, clients=[f"c{i % 9}" for i in range(203)])
+    found = divide(rows, partition, ones(rows), 4)
+    shuffled = numpy_stream(4, "partition", "order").permutation(203)
+    partitioner: Partitioner
+    if partition.kind == "natural":
+        shuffled, keys = np.arange(203), np.arange(203) % 9
+        partitioner = NaturalIdPartitioner("key")
+    else:
+        keys = np.array(rows["label"][:])[shuffled]
+        seed = derive(4, "partition", partition.kind)
+        iid = partition.kind == "iid"
+        partitioner = IidPartitioner(7) if iid else _by_label(partition, keys, seed)
+    partitioner.dataset = Dataset.from_dict({"row": shuffled, "key": keys})
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")  # pyarrow's deprecations, and a bar
+        parts = [partitioner.load_partition(i)["row"][:] for i in range(len(found))]
+    assert [part.tolist() for _, part in found] == [sorted(part) for part in parts]
 
 
 @pytest.mark.parametrize("partition", KINDS[:-1], ids=lambda p: f"{p.kind}-{p.clients}")

@@ -367,10 +367,10 @@ def test_a_message_for_another_client_is_refused(folder: Path) -> None:
 )
 def test_which_client_a_node_is(config: dict[str, Any], wanted: str) -> None:
     if len(wanted) == 1:
-        assert client_of(config, ("c", "a", "b")) == wanted
+        assert client_of(config, ("a", "b", "c")) == wanted
         return
     with pytest.raises(FedpeftError) as caught:
-        client_of(config, ("c", "a", "b"))
+        client_of(config, ("a", "b", "c"))
     assert wanted in str(caught.value)
 
 
