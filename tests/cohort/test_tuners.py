@@ -195,5 +195,5 @@ def test_a_federated_round_runs(name: str, rows: dict[str, Row]) -> None:
     assert not report.excluded
     after = strategy.adapter(state)
     assert any(not torch.equal(after[n], net.initial[n]) for n in after)
-    scores = federation.score_shared(after)
+    scores = federation.score_shared(after, tuple(federation.clients()))
     assert all(np.isfinite(score.loss) for score in scores.values())
