@@ -180,7 +180,7 @@ def check(recipe: Recipe) -> None:
         raise FedpeftError(
             "partition.clients=0 must be at least 1; only partition.kind=natural takes 0 (all)."
         )
-    _check_workers(recipe.engine)
+    _check_engine(recipe.engine)
     if not _DEVICE.fullmatch(recipe.engine.device):
         raise FedpeftError(
             f"engine.device={recipe.engine.device!r} must be auto, cpu, cuda or cuda:N."
@@ -192,7 +192,13 @@ def check(recipe: Recipe) -> None:
     load_strategy(recipe)
 
 
-def _check_workers(engine: Engine) -> None:
+def _check_engine(engine: Engine) -> None:
+    if engine.kind != "cohort" and (engine.compile != "none" or engine.checkpointing):
+        raise FedpeftError(
+            f"engine.compile and engine.checkpointing speed up batched clients, and "
+            f"engine.kind={engine.kind} trains one at a time: use engine.kind=cohort, or leave "
+            f"the two out."
+        )
     if engine.workers > 1 and engine.kind == "sequential":
         raise FedpeftError(
             f"engine.workers={engine.workers} with engine.kind=sequential, which trains one client "

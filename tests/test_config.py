@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from fedpeft.config import Engine, Recipe
+from fedpeft.config import Engine, Local, Recipe
 from fedpeft.config_load import (
     check,
     dump_recipe,
@@ -316,3 +316,14 @@ def test_workers_fit_the_engine_and_the_device() -> None:
         FedpeftError, match=r"engine\.workers=2 with engine\.device='cuda:1'.*=cuda,"
     ):
         check(Recipe(engine=Engine(device="cuda:1", workers=2)))
+
+
+def test_what_speeds_up_batched_clients_is_refused_without_them() -> None:
+    for kind in ("sequential", "flower"):
+        for how in ({"compile": "default"}, {"checkpointing": True}):
+            with pytest.raises(FedpeftError, match=f"engine.kind={kind} trains one at a time"):
+                check(Recipe(engine=Engine(kind=kind, **how)))  # type: ignore[arg-type]
+    clipped = Local(clip_per="example", clip_norm=1.0)
+    with pytest.raises(FedpeftError, match="too many shapes to compile"):
+        check(Recipe(local=clipped, engine=Engine(compile="default")))
+    check(Recipe(local=clipped, engine=Engine(checkpointing=True)))
