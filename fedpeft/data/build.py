@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fedpeft.config import Data, Partition
@@ -14,12 +14,16 @@ from fedpeft.data.clients import ClientData, Clients, Population
 from fedpeft.data.examples import Examples
 from fedpeft.data.fingerprint import sealed
 from fedpeft.data.partition import Divided, divide
-from fedpeft.data.sources import Rows, load_rows
 from fedpeft.data.store import is_store
 from fedpeft.data.stored import stored_population
 from fedpeft.data.tokens import Encoded, encode, take
 from fedpeft.errors import FedpeftError
 from fedpeft.streams import numpy_stream
+
+if TYPE_CHECKING:  # a store needs no library of data sets, half a second of imports
+    from datasets import Dataset
+
+    from fedpeft.data.sources import Rows
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +39,8 @@ def build_population(
     """
     if is_store(data.source):
         return stored_population(data, partition, tokenizer)
+    from fedpeft.data.sources import load_rows
+
     rows = load_rows(data, seed)
     encoded = _encode(rows.train, data, tokenizer, "training")
     sizes = np.bincount(encoded.row, minlength=len(rows.train))

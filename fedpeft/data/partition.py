@@ -10,13 +10,13 @@ import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset
 
 from fedpeft.config import Partition
 from fedpeft.errors import FedpeftError
 from fedpeft.streams import derive, numpy_stream
 
 if TYPE_CHECKING:  # flwr_datasets loads its plots, a second of imports: only where it divides
+    from datasets import Dataset
     from flwr_datasets.partitioner import Partitioner
 
 Divided = list[tuple[str, np.ndarray]]
@@ -183,6 +183,8 @@ def _load(partitioner: Partitioner, rows: np.ndarray, keys: np.ndarray) -> list[
     Reads the division itself: ``load_partition`` makes a Dataset of every client, a millisecond
     each.
     """
+    from datasets import Dataset
+
     partitioner.dataset = Dataset.from_dict({"row": rows, "key": keys})
     with warnings.catch_warnings():  # a Dirichlet minimum that a first draw misses; pyarrow's own
         warnings.simplefilter("ignore")

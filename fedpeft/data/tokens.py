@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fedpeft.config import Data
 from fedpeft.data.examples import Examples, flatten
 from fedpeft.errors import FedpeftError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
