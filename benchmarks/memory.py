@@ -26,7 +26,7 @@ class Sampler:
     seen: every process that was ever in the tree.
     """
 
-    def __init__(self, root: int, interval: float = 0.2) -> None:
+    def __init__(self, root: int, interval: float = 1.0) -> None:
         self.peak = 0
         self.proportional = True
         self.seen: set[psutil.Process] = set()

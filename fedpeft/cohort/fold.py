@@ -114,9 +114,8 @@ def _lora_forward(module: LoraLayer, own: Tree, clients: int) -> Forward:
         inner = linear(folded, down) if down.ndim == 2 else folded @ down.mT
         wide = up.expand(clients, *up.shape) if up.ndim == 2 else up
         flat = base.reshape(clients, -1, base.shape[-1])  # [K, b*T, o]
-        return torch.baddbmm(flat, inner.to(flat.dtype), wide.mT.to(flat.dtype), alpha=scale).view(
-            base.shape
-        )
+        flat.baddbmm_(inner.to(flat.dtype), wide.mT.to(flat.dtype), alpha=scale)
+        return flat.view(base.shape)
 
     return forward
 
