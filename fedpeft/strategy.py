@@ -55,6 +55,14 @@ Its rows are the clients that step together, which may be some of the cohort's; 
 same clients' rows of the trees that ``Cohort.fit`` was given under that name.
 """
 
+Expand = Callable[[Tree], Tree]
+"""``trained -> the model's own trainable tensors``, stacked, row by row, differentiable.
+
+What is trained may be other tensors than the model's: a core R with ``lora_B = B R``, heads, the
+leading rows of a factor. Whatever works on tensors (steps, clipping, per-example gradients,
+``adjust``) works on what is trained. Rows are the clients of a step, or examples: never mix them.
+"""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -108,21 +116,27 @@ class Cohort(ABC):
         fixed: Tree | None = None,
         adjust: Adjust | None = None,
         own: Mapping[str, Tree] | None = None,
+        expand: Expand | None = None,
     ) -> Fit:
         """Local training from ``start`` (stacked) with the recipe's optimizer, steps and batches.
 
         Exactly the tensors of ``start`` are trained; ``fixed`` (unstacked) holds the model's other
         trainable tensors, the same for all clients. Together they must name every trainable tensor
-        of the model. ``adjust`` maps the clipped gradient, e.g. a proximal term; what it needs of
-        each client (stacked trees) comes through ``own``, never from outside.
+        of the model; with ``expand`` what it makes of ``start`` counts in place of ``start``.
+        ``adjust`` maps the clipped gradient, e.g. a proximal term; what it needs of each client
+        (stacked trees) comes through ``own``, never from outside.
         """
 
     @abstractmethod
-    def gradients(self, at: Tree, *, fixed: Tree | None = None) -> Tree:
-        """The gradient of each client's mean loss over all its training data, stacked."""
+    def gradients(
+        self, at: Tree, *, fixed: Tree | None = None, expand: Expand | None = None
+    ) -> Tree:
+        """The gradient of each client's mean loss over all its training data by ``at``, stacked."""
 
     @abstractmethod
-    def losses(self, at: Tree, *, fixed: Tree | None = None) -> Tensor:
+    def losses(
+        self, at: Tree, *, fixed: Tree | None = None, expand: Expand | None = None
+    ) -> Tensor:
         """Each client's mean loss over all its training data, ``[K]``; forward only."""
 
     @abstractmethod
@@ -262,6 +276,7 @@ def build(name: str, settings: Mapping[str, object]) -> Strategy[Any]:
 __all__ = [
     "Adjust",
     "Cohort",
+    "Expand",
     "Fit",
     "Message",
     "Messages",

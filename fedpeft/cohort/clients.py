@@ -13,7 +13,7 @@ from fedpeft.data.clients import ClientData
 from fedpeft.local import Progress, Trainer, batch_plan
 from fedpeft.metrics import client_sums
 from fedpeft.model import Network
-from fedpeft.strategy import Adjust, Cohort, Fit
+from fedpeft.strategy import Adjust, Cohort, Expand, Fit
 from fedpeft.tree import Layout, Tree
 
 Memory = dict[str, dict[str, Tree]]
@@ -48,7 +48,6 @@ class TorchCohort(Cohort):
         self._data = list(data)
         self._info = info
         self._memory = memory
-        self._objective = trainer.gradients.objective
 
     def fit(
         self,
@@ -57,44 +56,49 @@ class TorchCohort(Cohort):
         fixed: Tree | None = None,
         adjust: Adjust | None = None,
         own: Mapping[str, Tree] | None = None,
+        expand: Expand | None = None,
     ) -> Fit:
-        self._place(start, fixed)
+        self._place(start, fixed, expand)
         local, info = self._trainer.gradients.local, self._info
         plans = [
             batch_plan(c.train, local, info.seed, c.name, info.progress.round) for c in self._data
         ]
-        return self._trainer.fit(start, plans, info.progress, adjust, own)
+        return self._trainer.fit(start, plans, info.progress, adjust, own, expand)
 
-    def gradients(self, at: Tree, *, fixed: Tree | None = None) -> Tree:
-        self._place(at, fixed)
+    def gradients(
+        self, at: Tree, *, fixed: Tree | None = None, expand: Expand | None = None
+    ) -> Tree:
+        self._place(at, fixed, expand)
+        gradients = self._trainer.gradients.through(expand)
         layout = Layout.of({name: value[0] for name, value in at.items()})
         matrix = layout.pack(at).to(self._device, torch.float32)
         total = torch.zeros_like(matrix)
         items = torch.zeros(len(self._data), device=self._device)
         for part, index in self._passes():
             own = matrix[part].requires_grad_()
-            sums, counts = self._sums(layout.unpack(own), index)
+            sums, counts = self._sums(gradients.expanded(layout.unpack(own)), index)
             total[part] += torch.autograd.grad(sums.sum(), own)[0]
             items[part] += counts
         gradient = total / items.clamp(min=1)[:, None]
         own = matrix.requires_grad_()
-        penalty = self._objective.penalty(layout.unpack(own))
-        if penalty is not None:
-            gradient += torch.autograd.grad(penalty.sum(), own)[0]
-        return layout.unpack(self._objective.project(gradient, layout))
+        gradient, _ = gradients.regularise(own, layout, gradient, torch.zeros_like(items))
+        return layout.unpack(gradient)
 
-    def losses(self, at: Tree, *, fixed: Tree | None = None) -> Tensor:
-        self._place(at, fixed)
+    def losses(
+        self, at: Tree, *, fixed: Tree | None = None, expand: Expand | None = None
+    ) -> Tensor:
+        self._place(at, fixed, expand)
+        gradients = self._trainer.gradients.through(expand)
         placed = {name: value.to(self._device) for name, value in at.items()}
         total = torch.zeros(len(self._data), device=self._device)
         items = torch.zeros_like(total)
         with torch.no_grad():
             for part, index in self._passes():
                 own = {name: value[part] for name, value in placed.items()}
-                sums, counts = self._sums(own, index)
+                sums, counts = self._sums(gradients.expanded(own), index)
                 total[part] += sums
                 items[part] += counts
-            penalty = self._objective.penalty(placed)
+            penalty = gradients.objective.penalty(gradients.expanded(placed))
         mean = total / items.clamp(min=1)
         return mean if penalty is None else mean + penalty
 
@@ -111,22 +115,22 @@ class TorchCohort(Cohort):
             own = {key: tensor[k].detach().cpu().clone() for key, tensor in value.items()}
             self._memory.setdefault(client, {})[name] = own
 
-    def _place(self, stacked: Tree, fixed: Tree | None) -> None:
+    def _place(self, start: Tree, fixed: Tree | None, expand: Expand | None) -> None:
         """Checks that the trees make up the whole adapter, and writes the shared part."""
-        shared = fixed or {}
-        named, whole = {*stacked, *shared}, set(self.initial)
-        if named != whole or len(stacked) + len(shared) != len(whole):
+        shared, made, what = fixed or {}, start, "start"
+        if expand is not None:
+            check_shapes(start, len(self.clients), {name: v[0] for name, v in start.items()})
+            with torch.no_grad():
+                made = expand({name: v[:1].to(self._device) for name, v in start.items()})
+            what = "what expand makes of start"
+        named, whole = {*made, *shared}, set(self.initial)
+        if named != whole or len(made) + len(shared) != len(whole):
             raise ValueError(
-                f"start and fixed must name every trainable tensor once: missing "
+                f"{what} and fixed must name every trainable tensor once: missing "
                 f"{sorted(whole - named)[:3]}, unknown {sorted(named - whole)[:3]}, "
-                f"twice {sorted(set(stacked) & set(shared))[:3]}"
+                f"twice {sorted(set(made) & set(shared))[:3]}"
             )
-        for name, value in stacked.items():
-            if tuple(value.shape) != (len(self.clients), *self.initial[name].shape):
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}; for {len(self.clients)} clients it is "
-                    f"{(len(self.clients), *self.initial[name].shape)}"
-                )
+        check_shapes(made, len(self.clients) if expand is None else 1, self.initial)
         self._network.write(shared)
 
     @property
@@ -153,3 +157,13 @@ class TorchCohort(Cohort):
         gradients = self._trainer.gradients
         batch = gradients.examples.batch(torch.from_numpy(index)).to(gradients.device)
         return client_sums(gradients.task, gradients.lane.logits(params, batch), batch)
+
+
+def check_shapes(stacked: Tree, clients: int, like: Tree) -> None:
+    """Raises ValueError unless every tensor is ``like``'s (unstacked) for so many clients."""
+    for name, value in stacked.items():
+        wanted = (clients, *like[name].shape)
+        if tuple(value.shape) != wanted:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; for {clients} clients it is {wanted}"
+            )

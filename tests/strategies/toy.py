@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedpeft import tree
-from fedpeft.strategy import Adjust, Cohort, Fit, Messages, Problem, Strategy
+from fedpeft.strategy import Adjust, Cohort, Expand, Fit, Messages, Problem, Strategy
 from fedpeft.tree import Tree
 
 Arrays = dict[str, np.ndarray]
@@ -104,8 +104,9 @@ class ToyCohort(Cohort):
         self.initial = toy.initial
         self._toy = toy
 
-    def _whole(self, stacked: Tree, fixed: Tree | None) -> list[Tree]:
+    def _whole(self, stacked: Tree, fixed: Tree | None, expand: Expand | None) -> list[Tree]:
         shared = fixed or {}
+        stacked = stacked if expand is None else expand(stacked)
         assert not stacked.keys() & shared.keys()
         assert stacked.keys() | shared.keys() == self.initial.keys()
         assert all(t.shape[0] == len(self.clients) for t in stacked.values())
@@ -118,19 +119,21 @@ class ToyCohort(Cohort):
         fixed: Tree | None = None,
         adjust: Adjust | None = None,
         own: Mapping[str, Tree] | None = None,
+        expand: Expand | None = None,
     ) -> Fit:
         toy, now = self._toy, {name: t.clone() for name, t in start.items()}
         steps = torch.tensor([toy.steps[c] for c in self.clients])
         loss = torch.zeros(len(self.clients), dtype=torch.float64)
         for step in range(int(steps.max())):
-            loss += torch.where(step < steps, self.losses(now, fixed=fixed), 0.0)
-            gradient = self.gradients(now, fixed=fixed)
+            losses = self.losses(now, fixed=fixed, expand=expand)
+            loss += torch.where(step < steps, losses, 0.0)
+            gradient = self.gradients(now, fixed=fixed, expand=expand)
             if adjust is not None:
                 gradient = self._adjusted(adjust, gradient, now, own or {})
             for name, value in now.items():
                 move = torch.where((step < steps).view(-1, *[1] * (value.dim() - 1)), 1.0, 0.0)
                 value -= toy.lr * (move * gradient[name]).to(value.dtype)
-        for k, whole in enumerate(self._whole(now, fixed)):
+        for k, whole in enumerate(self._whole(now, fixed, expand)):
             toy.trained[self.clients[k]] = {n: t.clone() for n, t in whole.items()}
         return Fit(now, loss / steps, steps)
 
@@ -145,16 +148,28 @@ class ToyCohort(Cohort):
                 found[name][rows] = value
         return found
 
-    def gradients(self, at: Tree, *, fixed: Tree | None = None) -> Tree:
-        rows = []
-        for client, whole in zip(self.clients, self._whole(at, fixed), strict=True):
-            gradient = self._toy.gradient(client, whole)
-            rows.append({name: gradient[name] for name in at})
-        return tree.stack(rows)
+    def gradients(
+        self, at: Tree, *, fixed: Tree | None = None, expand: Expand | None = None
+    ) -> Tree:
+        rows = [
+            self._toy.gradient(client, whole)
+            for client, whole in zip(self.clients, self._whole(at, fixed, expand), strict=True)
+        ]
+        outer = tree.stack(rows)
+        if expand is None:
+            return {name: outer[name] for name in at}
+        leaves = {name: value.detach().requires_grad_() for name, value in at.items()}
+        made = expand(leaves)
+        found = torch.autograd.grad(
+            list(made.values()), list(leaves.values()), [outer[name] for name in made]
+        )
+        return dict(zip(leaves, found, strict=True))
 
-    def losses(self, at: Tree, *, fixed: Tree | None = None) -> Tensor:
+    def losses(
+        self, at: Tree, *, fixed: Tree | None = None, expand: Expand | None = None
+    ) -> Tensor:
         found = []
-        for client, whole in zip(self.clients, self._whole(at, fixed), strict=True):
+        for client, whole in zip(self.clients, self._whole(at, fixed, expand), strict=True):
             errors = self._toy.errors(client, whole).values()
             found.append(torch.stack([0.5 * e.square().sum() for e in errors]).sum())
         return torch.stack(found)
