@@ -43,7 +43,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor
 
 from fedpeft.errors import FedpeftError, suggest
-from fedpeft.message import Message, Messages, Replies, weighted_mean
+from fedpeft.message import Message, Messages, Replies, gather, weighted_mean
 from fedpeft.tree import Tree
 
 S = TypeVar("S")
@@ -285,6 +285,7 @@ __all__ = [
     "Strategy",
     "available",
     "build",
+    "gather",
     "load",
     "weighted_mean",
 ]

@@ -29,7 +29,7 @@ from fedpeft.strategy import Messages, Replies, Strategy, available, build, load
 from tests.strategies.toy import Played, Toy, distance, equal, everyone, make, play, some
 
 FILES = sorted((Path(__file__).parents[2] / "strategies").glob("[!_]*.py"))
-KNOWN = ["centralised", "fedavg", "fedprox", "ffa_lora", "local"]
+KNOWN = ["centralised", "fedavg", "fedprox", "ffa_lora", "local", "ravan"]
 
 
 def variants(name: str) -> list[dict[str, str]]:
@@ -90,7 +90,7 @@ def outcome(strategy: Strategy[Any], played: Played, toy: Toy) -> dict[str, Tens
 def test_every_file_is_known_and_listed() -> None:
     assert [path.stem for path in FILES] == KNOWN
     assert sorted(available()) == KNOWN
-    assert len(CASES) == 7
+    assert len(CASES) == 8
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -136,9 +136,13 @@ def test_messages_are_stacked_trees_of_trainable_tensors(strategy: Strategy[Any]
         assert sent.clients == tuple(everyone(number, toy.clients))
     for messages in [*played.sent, *played.replies]:
         for own in messages.trees.values():
-            assert own.keys() <= toy.initial.keys()
             for name, tensor in own.items():
-                assert tensor.shape == (len(messages), *toy.initial[name].shape)
+                if name in toy.initial:
+                    assert tensor.shape == (len(messages), *toy.initial[name].shape)
+                else:  # what takes a factor's place, e.g. a core
+                    layer, part, _ = name.partition(".lora_")
+                    assert layer in toy.scaling and part
+                    assert len(tensor) == len(messages)
                 assert tensor.dtype == torch.float32
         for scalar in messages.scalars.values():
             assert scalar.shape == (len(messages),) and scalar.dtype == torch.float64
