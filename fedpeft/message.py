@@ -81,8 +81,17 @@ class Messages:
         return Messages(self.clients, dict(trees), numbers)
 
     def to(self, device: torch.device) -> Messages:
-        """The messages with their trees on ``device``; scalars stay on the CPU."""
-        moved = {n: {m: x.to(device) for m, x in t.items()} for n, t in self.trees.items()}
+        """The messages with their trees on ``device``; scalars stay on the CPU.
+
+        What all clients share stays one copy.
+        """
+        moved = {
+            n: {
+                m: x[:1].to(device).expand_as(x) if trees_.shared(x) else x.to(device)
+                for m, x in t.items()
+            }
+            for n, t in self.trees.items()
+        }
         return Messages(self.clients, moved, self.scalars, self.blobs)
 
     def __len__(self) -> int:

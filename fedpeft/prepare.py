@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedpeft import sampling
+from fedpeft.base import check_foldable
 from fedpeft.cohort.choose import choose_lane
 from fedpeft.cohort.chunk import choose
 from fedpeft.cohort.federation import CohortFederation, Settings
@@ -151,6 +152,8 @@ def prepare(recipe: Recipe) -> Prepared:
     adapter = str(recipe.adapter.get("kind", "lora"))
     check_per_example(network, lane, population.examples, recipe.local, adapter)
     lane.set_precision(recipe.local.precision)
+    if strategy.folds:
+        check_foldable(network, str(recipe.strategy.get("name", "fedavg")))
     return Prepared(recipe, strategy, population, network, lane, tokenizer)
 
 

@@ -117,6 +117,7 @@ class Cohort(ABC):
         adjust: Adjust | None = None,
         own: Mapping[str, Tree] | None = None,
         expand: Expand | None = None,
+        base: Tree | None = None,
     ) -> Fit:
         """Local training from ``start`` (stacked) with the recipe's optimizer, steps and batches.
 
@@ -124,18 +125,30 @@ class Cohort(ABC):
         trainable tensors, the same for all clients. Together they must name every trainable tensor
         of the model; with ``expand`` what it makes of ``start`` counts in place of ``start``.
         ``adjust`` maps the clipped gradient, e.g. a proximal term; what it needs of each client
-        (stacked trees) comes through ``own``, never from outside.
+        (stacked trees) comes through ``own``, never from outside. ``base`` changes the frozen
+        weights for this call: LoRA layer -> dense update ``[d_out, d_in]``, the same for all
+        clients.
         """
 
     @abstractmethod
     def gradients(
-        self, at: Tree, *, fixed: Tree | None = None, expand: Expand | None = None
+        self,
+        at: Tree,
+        *,
+        fixed: Tree | None = None,
+        expand: Expand | None = None,
+        base: Tree | None = None,
     ) -> Tree:
         """The gradient of each client's mean loss over all its training data by ``at``, stacked."""
 
     @abstractmethod
     def losses(
-        self, at: Tree, *, fixed: Tree | None = None, expand: Expand | None = None
+        self,
+        at: Tree,
+        *,
+        fixed: Tree | None = None,
+        expand: Expand | None = None,
+        base: Tree | None = None,
     ) -> Tensor:
         """Each client's mean loss over all its training data, ``[K]``; forward only."""
 
@@ -147,6 +160,31 @@ class Cohort(ABC):
     def remember(self, name: str, value: Tree) -> None:
         """Keeps ``value`` (stacked) as the clients' private memory ``name`` for later rounds."""
 
+    @abstractmethod
+    def keep(self, name: str, version: int, value: Tree) -> None:
+        """The clients keep ``value`` (unstacked) as version ``version`` of ``name``, from 1 up.
+
+        For what the server gives to everybody and a client need not be sent twice: changes of the
+        frozen base, a basis. Public, and one copy for all clients of a process. A version stands
+        for one value: what is given for a version that somebody here keeps is not looked at.
+        """
+
+    @abstractmethod
+    def kept(self, name: str, since: int) -> tuple[int, Tree]:
+        """The newest version of ``name`` that is kept here, and its value; ``(0, {})`` if none.
+
+        Raises FedpeftError where a client keeps a version older than ``since``. A client that keeps
+        ``since`` may be given a newer one: in one process, others may have brought it there.
+        """
+
+
+def group_by(clients: Sequence[str], key: Callable[[str], int]) -> list[tuple[str, ...]]:
+    """The clients in groups of equal key, smallest key first; in their order within each."""
+    found: dict[int, list[str]] = {}
+    for client in clients:
+        found.setdefault(key(client), []).append(client)
+    return [tuple(found[k]) for k in sorted(found)]
+
 
 class Strategy(ABC, Generic[S]):
     """One federated algorithm: subclasses are final frozen dataclasses; fields are its settings.
@@ -156,6 +194,8 @@ class Strategy(ABC, Generic[S]):
     shares: the result is one global adapter; without it every client ends with its own.
     exact: with LoRA, the state after a round stands for the weighted mean of the clients' dense
     updates, ``dW = sum_k p_k dW_k``; without it the mean of factors or something else.
+    keeps: clients keep what the server once sent them (``Cohort.keep``).
+    folds: the frozen base changes; ``base`` and ``followed`` say how.
     linear: ``receive`` reads replies only through means of their trees and scalars weighted by the
     scalar ``weight``; so replies may be averaged in parts, each part with its total weight.
     """
@@ -165,6 +205,8 @@ class Strategy(ABC, Generic[S]):
     shares: ClassVar[bool] = True
     exact: ClassVar[bool] = False
     linear: ClassVar[bool] = False
+    keeps: ClassVar[bool] = False
+    folds: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, problem: Problem) -> S:
@@ -172,7 +214,7 @@ class Strategy(ABC, Generic[S]):
 
     @abstractmethod
     def send(self, state: S, round: int, clients: Sequence[str]) -> Messages:
-        """What the server sends to this round's clients; ``round`` counts from 1."""
+        """What the server sends to these clients, one of ``groups``; ``round`` counts from 1."""
 
     @abstractmethod
     def train(self, messages: Messages, cohort: Cohort) -> Messages:
@@ -189,6 +231,13 @@ class Strategy(ABC, Generic[S]):
     def adapter(self, state: S) -> Tree:
         """The global adapter that the state stands for: every trainable tensor of the model."""
 
+    def groups(self, state: S, clients: Sequence[str]) -> list[tuple[str, ...]]:
+        """A round's clients, divided so that within a group messages have equal names and shapes.
+
+        Groups train one after another; ``send`` is called for each. By default all are one.
+        """
+        return [tuple(clients)]
+
     def expects(self, sent: Message) -> Mapping[str, Tree]:
         """The trees that a reply to ``sent`` must hold, by name, shape and dtype: the same."""
         return sent.trees
@@ -200,6 +249,27 @@ class Strategy(ABC, Generic[S]):
         whose messages hold less, or whose clients keep something private, say otherwise.
         """
         return messages.trees["adapter"]
+
+    def base(self, state: S) -> Tree:
+        """How far the frozen weights are from the pretrained: LoRA layer -> ``[d_out, d_in]``."""
+        return {}
+
+    def followed(self, messages: Messages, cohort: Cohort) -> Tree:
+        """``base`` as these clients have it, after the messages; goes with ``personal``."""
+        return {}
+
+
+def addressed(
+    strategy: Strategy[S], state: S, round: int, clients: Sequence[str]
+) -> list[Messages]:
+    """A round's messages, one stack for each of the strategy's groups.
+
+    Raises ValueError unless every client is in one group.
+    """
+    stacks = [strategy.send(state, round, group) for group in strategy.groups(state, clients)]
+    if sorted(name for sent in stacks for name in sent.clients) != sorted(clients):
+        raise ValueError(f"{type(strategy).__name__}.groups must have every client in one group")
+    return stacks
 
 
 def available() -> dict[str, str]:
@@ -283,9 +353,11 @@ __all__ = [
     "Problem",
     "Replies",
     "Strategy",
+    "addressed",
     "available",
     "build",
     "gather",
+    "group_by",
     "load",
     "weighted_mean",
 ]

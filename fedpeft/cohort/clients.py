@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpeft.base import folded
+from fedpeft.cohort.shelf import Shelf
 from fedpeft.data.clients import ClientData
 from fedpeft.local import Progress, Trainer, batch_plan
 from fedpeft.metrics import client_sums
@@ -29,7 +31,10 @@ class RoundInfo:
 
 
 class TorchCohort(Cohort):
-    """K clients on one network. ``memory`` is the store of exactly these clients' own memory."""
+    """K clients on one network.
+
+    own: the store of exactly these clients' own memory, and the shelf of what they were given.
+    """
 
     def __init__(
         self,
@@ -38,7 +43,7 @@ class TorchCohort(Cohort):
         data: Sequence[ClientData],
         info: RoundInfo,
         weights: Tensor,
-        memory: Memory,
+        own: tuple[Memory, Shelf],
     ) -> None:
         self.clients = tuple(client.name for client in data)
         self.weights = weights
@@ -47,7 +52,7 @@ class TorchCohort(Cohort):
         self._trainer = trainer
         self._data = list(data)
         self._info = info
-        self._memory = memory
+        self._memory, self._shelf = own
 
     def fit(
         self,
@@ -57,16 +62,23 @@ class TorchCohort(Cohort):
         adjust: Adjust | None = None,
         own: Mapping[str, Tree] | None = None,
         expand: Expand | None = None,
+        base: Tree | None = None,
     ) -> Fit:
         self._place(start, fixed, expand)
         local, info = self._trainer.gradients.local, self._info
         plans = [
             batch_plan(c.train, local, info.seed, c.name, info.progress.round) for c in self._data
         ]
-        return self._trainer.fit(start, plans, info.progress, adjust, own, expand)
+        with folded(self._network, base or {}):
+            return self._trainer.fit(start, plans, info.progress, adjust, own, expand)
 
     def gradients(
-        self, at: Tree, *, fixed: Tree | None = None, expand: Expand | None = None
+        self,
+        at: Tree,
+        *,
+        fixed: Tree | None = None,
+        expand: Expand | None = None,
+        base: Tree | None = None,
     ) -> Tree:
         self._place(at, fixed, expand)
         gradients = self._trainer.gradients.through(expand)
@@ -74,25 +86,31 @@ class TorchCohort(Cohort):
         matrix = layout.pack(at).to(self._device, torch.float32)
         total = torch.zeros_like(matrix)
         items = torch.zeros(len(self._data), device=self._device)
-        for part, index in self._passes():
-            own = matrix[part].requires_grad_()
-            sums, counts = self._sums(gradients.expanded(layout.unpack(own)), index)
-            total[part] += torch.autograd.grad(sums.sum(), own)[0]
-            items[part] += counts
+        with folded(self._network, base or {}):
+            for part, index in self._passes():
+                own = matrix[part].requires_grad_()
+                sums, counts = self._sums(gradients.expanded(layout.unpack(own)), index)
+                total[part] += torch.autograd.grad(sums.sum(), own)[0]
+                items[part] += counts
         gradient = total / items.clamp(min=1)[:, None]
         own = matrix.requires_grad_()
         gradient, _ = gradients.regularise(own, layout, gradient, torch.zeros_like(items))
         return layout.unpack(gradient)
 
     def losses(
-        self, at: Tree, *, fixed: Tree | None = None, expand: Expand | None = None
+        self,
+        at: Tree,
+        *,
+        fixed: Tree | None = None,
+        expand: Expand | None = None,
+        base: Tree | None = None,
     ) -> Tensor:
         self._place(at, fixed, expand)
         gradients = self._trainer.gradients.through(expand)
         placed = {name: value.to(self._device) for name, value in at.items()}
         total = torch.zeros(len(self._data), device=self._device)
         items = torch.zeros_like(total)
-        with torch.no_grad():
+        with torch.no_grad(), folded(self._network, base or {}):
             for part, index in self._passes():
                 own = {name: value[part] for name, value in placed.items()}
                 sums, counts = self._sums(gradients.expanded(own), index)
@@ -114,6 +132,12 @@ class TorchCohort(Cohort):
         for k, client in enumerate(self.clients):
             own = {key: tensor[k].detach().cpu().clone() for key, tensor in value.items()}
             self._memory.setdefault(client, {})[name] = own
+
+    def keep(self, name: str, version: int, value: Tree) -> None:
+        self._shelf.keep(self.clients, name, version, value)
+
+    def kept(self, name: str, since: int) -> tuple[int, Tree]:
+        return self._shelf.kept(self.clients, name, since)
 
     def _place(self, start: Tree, fixed: Tree | None, expand: Expand | None) -> None:
         """Checks that the trees make up the whole adapter, and writes the shared part."""

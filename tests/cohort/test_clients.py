@@ -11,6 +11,7 @@ from fedpeft import tree
 from fedpeft.cohort.clients import RoundInfo, TorchCohort
 from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.lanes import FoldLane
+from fedpeft.cohort.shelf import Shelf
 from fedpeft.local import Progress, Trainer
 from fedpeft.tree import Tree
 from tests.tiny import LOCAL, LORA, tiny_network, tiny_population
@@ -24,7 +25,7 @@ def cohort() -> TorchCohort:
     at = Trainer(Gradients(lane, net.task, population.examples, LOCAL, net.device), width=2)
     info = RoundInfo(Progress(1, 1), 0)
     weights = torch.tensor(SIZES, dtype=torch.float64)
-    return TorchCohort(net, at, population.clients, info, weights, {})
+    return TorchCohort(net, at, population.clients, info, weights, ({}, Shelf()))
 
 
 def start() -> Tree:

@@ -15,6 +15,7 @@ from fedpeft.cohort.clients import RoundInfo, TorchCohort
 from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.lanes import FoldLane, Lane, LoopLane, VmapLane
 from fedpeft.cohort.per_example import Budget, PerExample
+from fedpeft.cohort.shelf import Shelf
 from fedpeft.config import Local
 from fedpeft.data.clients import ClientData
 from fedpeft.local import Progress, Trainer
@@ -120,7 +121,7 @@ def cohort(net: Network, local: Local) -> TorchCohort:
     clients = [ClientData(f"c{k}", own[own >= 0], none) for k, own in enumerate(INDEX)]
     at = Gradients(FoldLane(net.model), net.task, data, local, net.device)
     info = RoundInfo(Progress(1, 1), 0)
-    return TorchCohort(net, Trainer(at, 2), clients, info, torch.ones(2).double(), {})
+    return TorchCohort(net, Trainer(at, 2), clients, info, torch.ones(2).double(), ({}, Shelf()))
 
 
 def test_adam_steps_on_what_is_trained() -> None:

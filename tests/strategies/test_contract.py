@@ -25,11 +25,33 @@ from fedpeft.errors import FedpeftError
 from fedpeft.intake import average
 from fedpeft.record import codec
 from fedpeft.strategies.fedavg import FedAvg, State
-from fedpeft.strategy import Messages, Replies, Strategy, available, build, load, weighted_mean
-from tests.strategies.toy import Played, Toy, distance, equal, everyone, make, play, some
+from fedpeft.strategy import (
+    Messages,
+    Replies,
+    Strategy,
+    addressed,
+    available,
+    build,
+    load,
+    weighted_mean,
+)
+from fedpeft.tree import Tree
+from tests.strategies.toy import (
+    Played,
+    Toy,
+    distance,
+    equal,
+    everyone,
+    make,
+    meaning,
+    play,
+    some,
+)
 
 FILES = sorted((Path(__file__).parents[2] / "strategies").glob("[!_]*.py"))
-KNOWN = ["centralised", "fedavg", "fedprox", "ffa_lora", "local", "ravan"]
+KNOWN = [
+    "centralised", "fedavg", "fedex_lora", "fedprox", "ffa_lora", "flora", "local", "ravan",
+]  # fmt: skip
 
 
 def variants(name: str) -> list[dict[str, str]]:
@@ -78,19 +100,30 @@ def message_bytes(messages: Messages) -> Any:
 
 
 def outcome(strategy: Strategy[Any], played: Played, toy: Toy) -> dict[str, Tensor]:
-    """What a run leaves: the global adapter and everybody's own, under one dictionary."""
-    whole = dict(strategy.adapter(played.states[-1]))
-    sent = strategy.send(played.states[-1], len(played.states), toy.clients)
-    own = strategy.personal(sent, toy.cohort(toy.clients))
-    for k, client in enumerate(toy.clients):
-        whole.update({f"{client} {n}": t for n, t in tree.row(own, k).items()})
+    """What a run leaves, as dense updates: the global adapter's and everybody's own."""
+    state = played.states[-1]
+    whole = meaning(toy, strategy.adapter(state), strategy.base(state))
+    for client, own in personal(strategy, state, len(played.states), toy).items():
+        whole.update({f"{client} {n}": t for n, t in own.items()})
     return whole
+
+
+def personal(strategy: Strategy[Any], state: Any, round: int, toy: Toy) -> dict[str, Tree]:
+    """What every client would use now, as dense updates."""
+    found = {}
+    for sent in addressed(strategy, state, round, toy.clients):
+        cohort = toy.cohort(sent.clients)
+        base, own = strategy.followed(sent, cohort), strategy.personal(sent, cohort)
+        for k, client in enumerate(sent.clients):
+            tree.check_same(tree.row(own, k), toy.initial)
+            found[client] = meaning(toy, tree.row(own, k), base)
+    return {client: found[client] for client in toy.clients}
 
 
 def test_every_file_is_known_and_listed() -> None:
     assert [path.stem for path in FILES] == KNOWN
     assert sorted(available()) == KNOWN
-    assert len(CASES) == 8
+    assert len(CASES) == 10
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -139,9 +172,8 @@ def test_messages_are_stacked_trees_of_trainable_tensors(strategy: Strategy[Any]
             for name, tensor in own.items():
                 if name in toy.initial:
                     assert tensor.shape == (len(messages), *toy.initial[name].shape)
-                else:  # what takes a factor's place, e.g. a core
-                    layer, part, _ = name.partition(".lora_")
-                    assert layer in toy.scaling and part
+                else:  # what takes a factor's place, e.g. a core, or changes the base
+                    assert re.split(r"\.lora_|\.fold_", name)[0] in toy.scaling
                     assert len(tensor) == len(messages)
                 assert tensor.dtype == torch.float32
         for scalar in messages.scalars.values():
@@ -240,18 +272,19 @@ def test_a_client_that_comes_back_takes_part_again(strategy: Strategy[Any]) -> N
     toy = toy_for(strategy)
     away = lambda number, clients: clients[:1] if number == 2 else clients  # noqa: E731
     played = play(strategy, toy, present=away)
-    assert played.replies[-1].clients == toy.clients
-    assert bool(torch.isfinite(played.replies[-1].scalars["loss"]).all())
+    replied = [name for reply in played.replies for name in reply.clients]
+    assert sorted(replied[-len(toy.clients) :]) == list(toy.clients)
+    assert all(bool(torch.isfinite(r.scalars["loss"]).all()) for r in played.replies)
 
 
 def test_with_one_client_the_result_is_that_clients_training(strategy: Strategy[Any]) -> None:
-    toy = make(1)
     for rounds in (1, 2):
-        toy.memory.clear()
+        toy = make(1)
         played = play(strategy, toy, rounds=rounds)
-        sent = strategy.send(played.states[-1], rounds + 1, toy.clients)
-        own = tree.row(strategy.personal(sent, toy.cohort(toy.clients)), 0)
-        assert distance(own, toy.trained[toy.clients[0]]) <= 1e-15
+        client = toy.clients[0]
+        trained = meaning(toy, toy.trained[client], toy.bases[client])
+        own = personal(strategy, played.states[-1], rounds + 1, toy)[client]
+        assert distance(own, trained) <= 1e-15
 
 
 def test_identical_clients_give_what_any_of_them_gives(strategy: Strategy[Any]) -> None:
@@ -358,12 +391,9 @@ def test_personal_adapters_are_complete_and_global_where_nothing_is_private(
 ) -> None:
     toy = toy_for(strategy, torch.float32)
     state = play(strategy, toy).states[-1]
-    sent = strategy.send(state, 4, toy.clients)
-    own = strategy.personal(sent, toy.cohort(toy.clients))
-    for k, client in enumerate(toy.clients):
-        tree.check_same(tree.row(own, k), toy.initial)
-        globally = equal(tree.row(own, k), strategy.adapter(state))
-        assert globally != strategy.remembers, client
+    whole = meaning(toy, strategy.adapter(state), strategy.base(state))
+    for client, own in personal(strategy, state, 4, toy).items():
+        assert equal(own, whole) != strategy.remembers, client
 
 
 def test_another_adapter_works_or_is_refused_by_name(strategy: Strategy[Any]) -> None:

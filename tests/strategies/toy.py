@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from fedpeft import tree
-from fedpeft.strategy import Adjust, Cohort, Expand, Fit, Messages, Problem, Strategy
+from fedpeft.cohort.shelf import Shelf
+from fedpeft.strategy import (
+    Adjust,
+    Cohort,
+    Expand,
+    Fit,
+    Messages,
+    Problem,
+    Strategy,
+    addressed,
+)
 from fedpeft.tree import Tree
 
 Arrays = dict[str, np.ndarray]
@@ -44,7 +54,8 @@ def b_of(layer: str) -> str:
 
 @dataclass
 class Toy:
-    """The clients: targets, weights, local steps; their private memory; what they last trained."""
+    """The clients: targets, weights, local steps; what they keep; what they last trained, on what
+    base."""
 
     initial: Tree
     scaling: dict[str, float]
@@ -54,6 +65,8 @@ class Toy:
     lr: float = 0.05
     memory: dict[str, dict[str, Tree]] = field(default_factory=dict)
     trained: dict[str, Tree] = field(default_factory=dict)
+    bases: dict[str, Tree] = field(default_factory=dict)
+    shelf: Shelf = field(default_factory=Shelf)
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -65,12 +78,16 @@ class Toy:
     def cohort(self, clients: Sequence[str]) -> ToyCohort:
         return ToyCohort(self, clients)
 
-    def errors(self, client: str, adapter: Any) -> Any:
-        """What a client's adapter (torch or numpy) lacks: s B A - M of layers, w - T of others."""
+    def errors(self, client: str, adapter: Any, base: Any = None) -> Any:
+        """What a client's adapter (torch or numpy) lacks: s B A - M of layers, w - T of others.
+
+        base: change of the frozen weights, by layer, in addition.
+        """
         kind = type(next(iter(adapter.values())))
         return {
             name: (
                 self.scaling[name] * adapter[b_of(name)] @ adapter[a_of(name)]
+                + (base[name] if base else 0.0)
                 if name in self.scaling
                 else adapter[name]
             )
@@ -78,10 +95,10 @@ class Toy:
             for name, target in self.targets[client].items()
         }
 
-    def gradient(self, client: str, adapter: Any) -> Any:
+    def gradient(self, client: str, adapter: Any, base: Any = None) -> Any:
         """The gradient of a client's loss, for torch or numpy."""
         found = {}
-        for name, error in self.errors(client, adapter).items():
+        for name, error in self.errors(client, adapter, base).items():
             if name in self.scaling:
                 s, a, b = self.scaling[name], adapter[a_of(name)], adapter[b_of(name)]
                 found[a_of(name)] = s * b.T @ error
@@ -120,14 +137,15 @@ class ToyCohort(Cohort):
         adjust: Adjust | None = None,
         own: Mapping[str, Tree] | None = None,
         expand: Expand | None = None,
+        base: Tree | None = None,
     ) -> Fit:
         toy, now = self._toy, {name: t.clone() for name, t in start.items()}
         steps = torch.tensor([toy.steps[c] for c in self.clients])
         loss = torch.zeros(len(self.clients), dtype=torch.float64)
         for step in range(int(steps.max())):
-            losses = self.losses(now, fixed=fixed, expand=expand)
+            losses = self.losses(now, fixed=fixed, expand=expand, base=base)
             loss += torch.where(step < steps, losses, 0.0)
-            gradient = self.gradients(now, fixed=fixed, expand=expand)
+            gradient = self.gradients(now, fixed=fixed, expand=expand, base=base)
             if adjust is not None:
                 gradient = self._adjusted(adjust, gradient, now, own or {})
             for name, value in now.items():
@@ -135,6 +153,7 @@ class ToyCohort(Cohort):
                 value -= toy.lr * (move * gradient[name]).to(value.dtype)
         for k, whole in enumerate(self._whole(now, fixed, expand)):
             toy.trained[self.clients[k]] = {n: t.clone() for n, t in whole.items()}
+            toy.bases[self.clients[k]] = base or {}
         return Fit(now, loss / steps, steps)
 
     def _adjusted(self, adjust: Adjust, gradient: Tree, now: Tree, own: Mapping[str, Tree]) -> Tree:
@@ -149,10 +168,15 @@ class ToyCohort(Cohort):
         return found
 
     def gradients(
-        self, at: Tree, *, fixed: Tree | None = None, expand: Expand | None = None
+        self,
+        at: Tree,
+        *,
+        fixed: Tree | None = None,
+        expand: Expand | None = None,
+        base: Tree | None = None,
     ) -> Tree:
         rows = [
-            self._toy.gradient(client, whole)
+            self._toy.gradient(client, whole, base)
             for client, whole in zip(self.clients, self._whole(at, fixed, expand), strict=True)
         ]
         outer = tree.stack(rows)
@@ -166,11 +190,16 @@ class ToyCohort(Cohort):
         return dict(zip(leaves, found, strict=True))
 
     def losses(
-        self, at: Tree, *, fixed: Tree | None = None, expand: Expand | None = None
+        self,
+        at: Tree,
+        *,
+        fixed: Tree | None = None,
+        expand: Expand | None = None,
+        base: Tree | None = None,
     ) -> Tensor:
         found = []
         for client, whole in zip(self.clients, self._whole(at, fixed, expand), strict=True):
-            errors = self._toy.errors(client, whole).values()
+            errors = self._toy.errors(client, whole, base).values()
             found.append(torch.stack([0.5 * e.square().sum() for e in errors]).sum())
         return torch.stack(found)
 
@@ -182,6 +211,12 @@ class ToyCohort(Cohort):
         for k, client in enumerate(self.clients):
             own = {n: t.clone() for n, t in tree.row(value, k).items()}
             self._toy.memory.setdefault(client, {})[name] = own
+
+    def keep(self, name: str, version: int, value: Tree) -> None:
+        self._toy.shelf.keep(self.clients, name, version, value)
+
+    def kept(self, name: str, since: int) -> tuple[int, Tree]:
+        return self._toy.shelf.kept(self.clients, name, since)
 
 
 def make(clients: int = 5, dtype: torch.dtype = torch.float64, lora: bool = True) -> Toy:
@@ -244,10 +279,13 @@ def play(
     """Runs ``rounds`` rounds, training in stacks of ``size`` clients."""
     played = Played([strategy.init(toy.problem(rounds))], [], [])
     for number in range(1, rounds + 1):
-        sent = strategy.send(played.states[-1], number, tuple(present(number, toy.clients)))
-        parts = [strategy.train(p, toy.cohort(p.clients)) for p in sent.split(size)]
+        names = tuple(present(number, toy.clients))
+        stacks = addressed(strategy, played.states[-1], number, names)
+        parts = [
+            strategy.train(p, toy.cohort(p.clients)) for sent in stacks for p in sent.split(size)
+        ]
         played.states.append(strategy.receive(played.states[-1], iter(parts)))
-        played.sent.append(sent)
+        played.sent.extend(stacks)
         played.replies.extend(parts)
     return played
 
@@ -262,6 +300,15 @@ def distance(left: Tree, right: Tree) -> float:
     tree.check_same(left, right)
     most = max(float((left[n].double() - right[n].double()).abs().max()) for n in left)
     return most / max(float(t.double().abs().max()) for t in right.values())
+
+
+def meaning(toy: Toy, adapter: Tree, base: Tree) -> Tree:
+    """What an adapter on a changed base does: dense updates of layers, other tensors themselves."""
+    found = tree.select(adapter, lambda name: ".lora_" not in name)
+    for layer in toy.scaling:
+        update = toy.update(adapter, layer)
+        found[layer] = update + base[layer] if layer in base else update
+    return tree.sort(found)
 
 
 def equal(left: Tree, right: Tree) -> bool:
