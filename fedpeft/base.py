@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 SMALLEST = 1e-7
 """Singular values below this share of the largest are rounding of float32."""
+
+Sums = Callable[[], tuple[Tensor, Tensor]]
+"""Gives a summed loss and the number of items in it."""
 
 
 @contextmanager
@@ -81,6 +84,42 @@ def weight_of(network: Network, layer: str, update: Tensor) -> tuple[Tensor, boo
             f"leave the layer out of adapter.target_modules, or choose another strategy."
         )
     return weight, transposed
+
+
+def pretrained(network: Network, layer: str) -> Tensor:
+    """A LoRA layer's own weight ``[d_out, d_in]``: a copy, float32, on the CPU."""
+    rows, columns = _size(network, layer)
+    weight, transposed = weight_of(network, layer, torch.empty(rows, columns, device="meta"))
+    found = weight.detach().mT if transposed else weight.detach()
+    return found.cpu().clone(memory_format=torch.contiguous_format)
+
+
+def gradients_by_weight(network: Network, losses: Iterable[Sums]) -> Tree:
+    """The gradient of a mean loss by the weights of all LoRA layers: ``[d_out, d_in]``, on the CPU.
+
+    losses: each gives a part's summed loss and its number of items.
+    """
+    places = {}
+    for layer in network.scaling:
+        rows, columns = _size(network, layer)
+        places[layer] = weight_of(network, layer, torch.empty(rows, columns, device="meta"))
+    weights = [weight for weight, _ in places.values()]
+    total, items = [torch.zeros(w.shape) for w in weights], 0.0
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        for part in losses:
+            loss, count = part()
+            for summed, gradient in zip(total, torch.autograd.grad(loss, weights), strict=True):
+                summed += gradient.cpu()
+            items += float(count)
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+    return {
+        layer: (g.mT if transposed else g) / max(items, 1.0)
+        for (layer, (_, transposed)), g in zip(places.items(), total, strict=True)
+    }
 
 
 def check_foldable(network: Network, strategy: str) -> None:

@@ -6,11 +6,17 @@ a leading ``[K]``. Results are float64: who needs another dtype casts once, at t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from fedpeft.errors import FedpeftError
+from fedpeft.streams import torch_stream
 from fedpeft.tree import Tree
+
+EXACT = 2048
+"""Size up to which a dense matrix is decomposed in full."""
 
 
 def is_a(name: str) -> bool:
@@ -86,11 +92,55 @@ def truncated_svd(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, Tens
 def orthonormal(rows: int, columns: int, stream: torch.Generator) -> Tensor:
     """Orthonormal rows, uniform over all such matrices, float64 ``[rows, columns]``, on the CPU.
 
-    Raises ValueError where there are more rows than columns.
+    Raises FedpeftError where there are more rows than columns.
     """
     if rows > columns:
-        raise ValueError(f"{rows} rows of {columns} entries cannot be orthonormal")
+        raise FedpeftError(
+            f"adapter.r={rows}: so many vectors of {columns} entries cannot be orthonormal; set "
+            f"adapter.r to at most {columns}."
+        )
     gaussian = torch.randn(columns, rows, generator=stream, dtype=torch.float64)
     q, upper = torch.linalg.qr(gaussian)
     a: Tensor = q * upper.diagonal().sign()
     return a.mT
+
+
+def orthonormal_pairs(initial: Tree, strategy: str, seed: int) -> Tree:
+    """A with orthonormal rows and B with orthonormal columns for every LoRA layer of ``initial``.
+
+    Each in a stream of its own under ``seed``; names, shapes, dtype and device of ``initial``.
+    """
+    found = {}
+    for name_a, name_b in lora_pairs(initial, strategy).values():
+        (r, d_in), d_out, like = initial[name_a].shape, len(initial[name_b]), initial[name_a]
+        found[name_a] = orthonormal(r, d_in, torch_stream(seed, strategy, name_a)).to(like)
+        up = orthonormal(r, d_out, torch_stream(seed, strategy, name_b))
+        found[name_b] = up.to(like).mT.contiguous()
+    return found
+
+
+def squared_norms(adapter: Tree, scaling: Mapping[str, float]) -> Tensor:
+    """``sum_layers ||s B_k A_k||_F^2`` of a stacked adapter, ``[K]`` float64; through Grams."""
+    found = []
+    for layer, s in scaling.items():
+        a, b = (adapter[f"{layer}.lora_{x}.default.weight"].double() for x in "AB")
+        found.append(s**2 * ((b.mT @ b) * (a @ a.mT)).sum((1, 2)))
+    return torch.stack(found).sum(0)
+
+
+def leading_svd(dense: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triples of a matrix: U ``[d_out, rank]``, S, V^T ``[rank, d_in]``.
+
+    float64, signs as ``truncated_svd``. Above EXACT rows and columns by a random sketch of fixed
+    seed with 8 more columns and 10 power iterations (Halko et al., arXiv 0909.4061).
+    """
+    if min(dense.shape) <= EXACT:
+        u, s, vt = torch.linalg.svd(dense.double(), full_matrices=False)
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(dense.double(), q=rank + 8, niter=10)
+        vt = v.mT
+    u, s, vt = u[:, :rank], s[:rank], vt[:rank]
+    sign = vt.gather(1, vt.abs().argmax(dim=1, keepdim=True)).sign()
+    return u * sign.mT, s, vt * sign

@@ -137,6 +137,13 @@ def weighted_mean(replies: Replies, tree: str, weight: str = "weight") -> Tree:
     return trees_.mean((r.trees[tree], r.scalars[weight]) for r in replies)
 
 
+def noted(replies: Replies, names: list[str]) -> Iterator[Messages]:
+    """The same replies; who they are from is added to ``names`` as they are read."""
+    for reply in replies:
+        names.extend(reply.clients)
+        yield reply
+
+
 def gather(replies: Replies, tree: str, weight: str = "weight") -> tuple[Tree, Tensor]:
     """Every reply's tree as one stack ``[K, *shape]``, and p ``[K]`` (float64, of sum 1).
 

@@ -64,6 +64,13 @@ leading rows of a factor. Whatever works on tensors (steps, clipping, per-exampl
 """
 
 
+def _no_weight(layer: str) -> Tensor:
+    raise FedpeftError(
+        f"the pretrained weight of {layer!r} is not at hand here: choose a setting of the strategy "
+        f"that does not need it."
+    )
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a strategy may know before the first round.
@@ -73,6 +80,7 @@ class Problem:
     clients: names of all registered clients.
     rounds: communication rounds that the run will have.
     seed: the run's seed; derive streams with ``fedpeft.streams``.
+    weight: LoRA layer -> its pretrained weight ``[d_out, d_in]``, a copy in float32 on the CPU.
     """
 
     initial: Tree
@@ -80,6 +88,7 @@ class Problem:
     clients: tuple[str, ...]
     rounds: int
     seed: int
+    weight: Callable[[str], Tensor] = _no_weight
 
 
 @dataclass(frozen=True)
@@ -151,6 +160,13 @@ class Cohort(ABC):
         base: Tree | None = None,
     ) -> Tensor:
         """Each client's mean loss over all its training data, ``[K]``; forward only."""
+
+    @abstractmethod
+    def weight_gradients(self, at: Tree, *, fixed: Tree | None = None) -> Tree:
+        """The gradient of each client's mean loss by the frozen weights of all LoRA layers.
+
+        LoRA layer -> ``[K, d_out, d_in]``, dense, on the CPU: K times the adapted weights.
+        """
 
     @abstractmethod
     def recall(self, name: str, default: Tree) -> Tree:

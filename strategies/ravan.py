@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from fedpeft.errors import FedpeftError
-from fedpeft.lowrank import fresh_pairs, lora_pairs, orthonormal
+from fedpeft.lowrank import fresh_pairs, lora_pairs, orthonormal_pairs
 from fedpeft.strategy import Cohort, Messages, Problem, Replies, Strategy, weighted_mean
-from fedpeft.streams import derive, torch_stream
+from fedpeft.streams import derive
 from fedpeft.tree import Tree, broadcast, select, sort
 
 
@@ -60,7 +60,7 @@ class Ravan(Strategy[State]):
             for i, r in enumerate(self._ranks(problem.initial[name_a])):
                 trained[_core(layer, i)] = problem.initial[name_a].new_zeros(r, r)
         seed = derive(problem.seed, "ravan")
-        return State(sort(trained), basis(problem.initial, seed), seed)
+        return State(sort(trained), orthonormal_pairs(problem.initial, "ravan", seed), seed)
 
     def send(self, state: State, round: int, clients: Sequence[str]) -> Messages:
         seed = state.seed.to_bytes(8, "little")
@@ -106,20 +106,9 @@ class Ravan(Strategy[State]):
 
     def _received(self, messages: Messages, cohort: Cohort) -> Tree:
         (seed,) = set(messages.blobs["seed"])
-        drawn = basis(cohort.initial, int.from_bytes(seed, "little"))
+        drawn = orthonormal_pairs(cohort.initial, "ravan", int.from_bytes(seed, "little"))
         device = next(iter(messages.trees["cores"].values())).device
         return {name: value.to(device) for name, value in drawn.items()}
-
-
-def basis(initial: Tree, seed: int) -> Tree:
-    """The A_i below each other ``[r, d_in]`` and the B_i beside each other ``[d_out, r]``."""
-    found = {}
-    for name_a, name_b in lora_pairs(initial, "ravan").values():
-        (r, d_in), d_out = initial[name_a].shape, len(initial[name_b])
-        for name, width in ((name_a, d_in), (name_b, d_out)):
-            rows = orthonormal(r, width, torch_stream(seed, "ravan", name)).to(initial[name_a])
-            found[name] = rows if name == name_a else rows.mT.contiguous()
-    return found
 
 
 def _core(layer: str, head: int) -> str:

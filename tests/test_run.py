@@ -274,7 +274,7 @@ def test_peft_alone_loads_the_exported_adapter_with_the_same_logits(
         wanted = prepared.lane.logits(adapter, batch)
     assert bool(base) == (strategy != "fedavg")
     rank = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["r"]
-    assert rank > 2 if base else rank == 2
+    assert rank > 2 if strategy == "flora" else rank == 2  # FedEx: E is below float32 here
     done = subprocess.run(
         [
             sys.executable,

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft.base import folded
+from fedpeft.base import folded, gradients_by_weight
+from fedpeft.cohort.lanes import Lane, LoopLane
 from fedpeft.cohort.shelf import Shelf
 from fedpeft.data.clients import ClientData
 from fedpeft.local import Progress, Trainer, batch_plan
 from fedpeft.metrics import client_sums
 from fedpeft.model import Network
 from fedpeft.strategy import Adjust, Cohort, Expand, Fit
-from fedpeft.tree import Layout, Tree
+from fedpeft.tree import Layout, Tree, stack
 
 Memory = dict[str, dict[str, Tree]]
 """Private memory of clients: client name -> memory name -> tree."""
@@ -120,6 +122,18 @@ class TorchCohort(Cohort):
         mean = total / items.clamp(min=1)
         return mean if penalty is None else mean + penalty
 
+    def weight_gradients(self, at: Tree, *, fixed: Tree | None = None) -> Tree:
+        """One client after another, whatever the lane."""
+        self._place(at, fixed, None)
+        lane, size = LoopLane(self._network.model), self._trainer.gradients.local.batch_size
+        rows = []
+        for k, client in enumerate(self._data):
+            own = {name: value[k : k + 1].to(self._device) for name, value in at.items()}
+            parts = [client.train[i : i + size] for i in range(0, len(client.train), size)]
+            losses = [partial(self._sums, own, part[None], lane) for part in parts]
+            rows.append(gradients_by_weight(self._network, losses))
+        return stack(rows)
+
     def recall(self, name: str, default: Tree) -> Tree:
         found = {key: value.clone() for key, value in default.items()}
         for k, client in enumerate(self.clients):
@@ -137,7 +151,8 @@ class TorchCohort(Cohort):
         self._shelf.keep(self.clients, name, version, value)
 
     def kept(self, name: str, since: int) -> tuple[int, Tree]:
-        return self._shelf.kept(self.clients, name, since)
+        version, value = self._shelf.kept(self.clients, name, since)
+        return version, {key: tensor.to(self._device) for key, tensor in value.items()}
 
     def _place(self, start: Tree, fixed: Tree | None, expand: Expand | None) -> None:
         """Checks that the trees make up the whole adapter, and writes the shared part."""
@@ -177,10 +192,13 @@ class TorchCohort(Cohort):
             for s in range(steps):
                 yield part, plan[:, s * size : (s + 1) * size]
 
-    def _sums(self, params: Tree, index: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _sums(
+        self, params: Tree, index: np.ndarray, lane: Lane | None = None
+    ) -> tuple[Tensor, Tensor]:
         gradients = self._trainer.gradients
         batch = gradients.examples.batch(torch.from_numpy(index)).to(gradients.device)
-        return client_sums(gradients.task, gradients.lane.logits(params, batch), batch)
+        logits = (lane or gradients.lane).logits(params, batch)
+        return client_sums(gradients.task, logits, batch)
 
 
 def check_shapes(stacked: Tree, clients: int, like: Tree) -> None:

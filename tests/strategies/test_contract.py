@@ -41,7 +41,6 @@ from tests.strategies.toy import (
     Toy,
     distance,
     equal,
-    everyone,
     make,
     meaning,
     play,
@@ -50,7 +49,8 @@ from tests.strategies.toy import (
 
 FILES = sorted((Path(__file__).parents[2] / "strategies").glob("[!_]*.py"))
 KNOWN = [
-    "centralised", "fedavg", "fedex_lora", "fedprox", "ffa_lora", "flora", "local", "ravan",
+    "centralised", "fed_sb", "fedavg", "fedex_lora", "fedprox", "ffa_lora", "flora", "hetlora",
+    "local", "ravan",
 ]  # fmt: skip
 
 
@@ -84,7 +84,9 @@ def toy_for(strategy: Strategy[Any], dtype: torch.dtype = torch.float64) -> Toy:
 def to_bytes(state: Any) -> tuple[str, bytes]:
     """A whole state as a checkpoint holds it: JSON text and safetensors bytes."""
     tensors, plan = codec.encode(state)
-    return json.dumps(plan), write_tensors({n: x.clone() for n, x in tensors.items()})
+    return json.dumps(plan), write_tensors(
+        {n: x.clone(memory_format=torch.contiguous_format) for n, x in tensors.items()}
+    )
 
 
 def from_bytes(kind: type[Any], data: tuple[str, bytes]) -> Any:
@@ -96,7 +98,13 @@ def message_bytes(messages: Messages) -> Any:
     tensors: dict[str, Tensor] = {}
     content = [dict(messages.trees), dict(messages.scalars), messages.clients]
     plan = json.dumps(codec.pack(content, "messages", tensors))
-    return plan, write_tensors({n: x.clone() for n, x in tensors.items()}), messages.blobs
+    return (
+        plan,
+        write_tensors(
+            {n: x.clone(memory_format=torch.contiguous_format) for n, x in tensors.items()}
+        ),
+        messages.blobs,
+    )
 
 
 def outcome(strategy: Strategy[Any], played: Played, toy: Toy) -> dict[str, Tensor]:
@@ -123,7 +131,7 @@ def personal(strategy: Strategy[Any], state: Any, round: int, toy: Toy) -> dict[
 def test_every_file_is_known_and_listed() -> None:
     assert [path.stem for path in FILES] == KNOWN
     assert sorted(available()) == KNOWN
-    assert len(CASES) == 10
+    assert len(CASES) == 14
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -165,13 +173,15 @@ def test_the_adapter_keeps_the_names_shapes_and_dtypes_of_the_model(
 def test_messages_are_stacked_trees_of_trainable_tensors(strategy: Strategy[Any]) -> None:
     toy = toy_for(strategy, torch.float32)
     played = play(strategy, toy)
-    for number, sent in enumerate(played.sent, start=1):
-        assert sent.clients == tuple(everyone(number, toy.clients))
+    names = [name for sent in played.sent for name in sent.clients]
+    assert sorted(names) == sorted(3 * toy.clients)
     for messages in [*played.sent, *played.replies]:
         for own in messages.trees.values():
             for name, tensor in own.items():
                 if name in toy.initial:
-                    assert tensor.shape == (len(messages), *toy.initial[name].shape)
+                    whole = (len(messages), *toy.initial[name].shape)
+                    assert tensor.dim() == len(whole) and tensor.shape[0] == whole[0]
+                    assert tensor.shape <= whole  # less where a client has a lower rank
                 else:  # what takes a factor's place, e.g. a core, or changes the base
                     assert re.split(r"\.lora_|\.fold_", name)[0] in toy.scaling
                     assert len(tensor) == len(messages)
@@ -186,7 +196,7 @@ def test_replies_are_what_the_strategy_declares_and_nothing_more(strategy: Strat
     played = play(strategy, toy)
     for sent, reply in zip(played.sent, played.replies, strict=True):
         assert reply.clients == sent.clients
-        assert reply.scalars.keys() == {"weight", "loss"} and not reply.blobs
+        assert reply.scalars.keys() >= {"weight", "loss"} and not reply.blobs
         assert torch.equal(reply.scalars["weight"], toy.cohort(sent.clients).weights)
         assert bool(torch.isfinite(reply.scalars["loss"]).all())
         expected = strategy.expects(sent[0])
@@ -202,7 +212,7 @@ def test_a_state_survives_serialisation_bit_by_bit(strategy: Strategy[Any]) -> N
     again = from_bytes(type(state), to_bytes(state))
     assert to_bytes(again) == to_bytes(state)
     assert equal(strategy.adapter(again), strategy.adapter(state))
-    sent, resent = (strategy.send(s, 3, toy.clients) for s in (state, again))
+    sent, resent = (addressed(strategy, s, 3, toy.clients)[0] for s in (state, again))
     assert message_bytes(resent) == message_bytes(sent)
 
 
@@ -220,9 +230,9 @@ def test_arguments_are_never_written_to(strategy: Strategy[Any]) -> None:
     state = strategy.init(toy.problem())
     for number in (1, 2):
         before = to_bytes(state)
-        sent = strategy.send(state, number, toy.clients)
+        sent = addressed(strategy, state, number, toy.clients)[0]
         sent_before = message_bytes(sent)
-        cohort = toy.cohort(toy.clients)
+        cohort = toy.cohort(sent.clients)
         strategy.personal(sent, cohort)
         reply = strategy.train(sent, cohort)
         assert message_bytes(sent) == sent_before
@@ -282,6 +292,8 @@ def test_with_one_client_the_result_is_that_clients_training(strategy: Strategy[
         toy = make(1)
         played = play(strategy, toy, rounds=rounds)
         client = toy.clients[0]
+        if not toy.trained:  # a first round that only prepares
+            continue
         trained = meaning(toy, toy.trained[client], toy.bases[client])
         own = personal(strategy, played.states[-1], rounds + 1, toy)[client]
         assert distance(own, trained) <= 1e-15
@@ -310,8 +322,8 @@ def gap_of_parts(strategy: Strategy[Any]) -> float:
     toy, most = toy_for(strategy), 0.0
     played = play(strategy, toy, present=some, size=1)
     replies = iter(played.replies)
-    for sent, before, after in zip(played.sent, played.states, played.states[1:], strict=False):
-        own = list(itertools.islice(replies, len(sent)))
+    for names, before, after in zip(played.present, played.states, played.states[1:], strict=False):
+        own = list(itertools.islice(replies, len(names)))
         for parts in ([own], [own[:1], own[1:]], [own[1::2], own[::2]]):
             rows = [average(part, f"shard {n}") for n, part in enumerate(parts) if part]
             found, wanted = (
@@ -381,8 +393,8 @@ def test_private_memory_belongs_to_its_client(strategy: Strategy[Any]) -> None:
             other.memory[client] = {
                 name: tree.scale(kept, 5.0) for name, kept in other.memory[client].items()
             }
-    sent = strategy.send(state, 2, toy.clients)
-    one, two = (strategy.train(sent, t.cohort(toy.clients)) for t in (toy, other))
+    sent = addressed(strategy, state, 2, toy.clients)[0]
+    one, two = (strategy.train(sent, t.cohort(sent.clients)) for t in (toy, other))
     assert message_bytes(one.rows([0])) == message_bytes(two.rows([0]))
 
 
@@ -392,8 +404,10 @@ def test_personal_adapters_are_complete_and_global_where_nothing_is_private(
     toy = toy_for(strategy, torch.float32)
     state = play(strategy, toy).states[-1]
     whole = meaning(toy, strategy.adapter(state), strategy.base(state))
+    ranks = getattr(state, "ranks", {})
     for client, own in personal(strategy, state, 4, toy).items():
-        assert equal(own, whole) != strategy.remembers, client
+        if ranks.get(client, 3) == 3:
+            assert equal(own, whole) != strategy.remembers, client
 
 
 def test_another_adapter_works_or_is_refused_by_name(strategy: Strategy[Any]) -> None:

@@ -68,6 +68,27 @@ def test_three_rounds_equal_the_rule_in_numpy(present: Present) -> None:
             assert abs(strategy.base(states[rounds])[layer].numpy() - change).max() <= 1e-12
 
 
+def test_clients_of_unequal_ranks_are_stacked_as_they_are() -> None:
+    """FL1: exact, and each client is sent and sends its own rank alone."""
+    ranks = {"client-0": 1, "client-1": 3, "client-2": 2, "client-3": 1, "client-4": 3}
+    toy, strategy = make(), FLoRA(client_ranks=ranks)
+    played = play(strategy, toy, 2, size=2)
+    weight = torch.tensor([toy.weights[c] for c in toy.clients], dtype=torch.float64)
+    own = tree.stack([meaning(toy, toy.trained[c], toy.bases[c]) for c in toy.clients])
+    for name, value in meaning(toy, strategy.adapter(played.states[-1]), {}).items():
+        found = strategy.base(played.states[-1]).get(name, value)
+        ideal = torch.einsum("k,k...->...", weight / weight.sum(), own[name])
+        assert float((found - ideal).norm()) <= 1e-13
+    seen = set()
+    for reply in played.replies:
+        (rank,) = {ranks[c] for c in reply.clients}
+        seen.add(rank)
+        for layer, (_, r, *_) in LAYERS.items():
+            assert reply.trees["adapter"][a_of(layer)].shape[1] == min(rank, r)
+            assert reply.trees["adapter"][b_of(layer)].shape[2] == min(rank, r)
+    assert seen == {1, 2, 3}
+
+
 def test_weights_on_both_sides_would_be_another_model() -> None:
     """FL2, as a negative control of the oracle above."""
     toy, strategy = make(), FLoRA()

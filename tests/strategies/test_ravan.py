@@ -10,8 +10,9 @@ import torch
 
 from fedpeft import tree
 from fedpeft.errors import FedpeftError
+from fedpeft.lowrank import orthonormal_pairs
 from fedpeft.strategies.fedavg import FedAvg
-from fedpeft.strategies.ravan import Ravan, basis
+from fedpeft.strategies.ravan import Ravan
 from tests.strategies.toy import (
     LAYERS,
     Arrays,
@@ -145,7 +146,7 @@ def test_what_travels_is_the_sum_of_the_squared_ranks() -> None:
 
 def test_bases_are_orthonormal_differ_by_layer_and_come_from_the_seed() -> None:
     toy = make()
-    drawn, again, other = (basis(toy.initial, seed) for seed in (1, 1, 2))
+    drawn, again, other = (orthonormal_pairs(toy.initial, "ravan", seed) for seed in (1, 1, 2))
     assert equal(drawn, again)
     for name, value in drawn.items():
         gram = value @ value.mT if "lora_A" in name else value.mT @ value

@@ -73,7 +73,13 @@ class Toy:
         return tuple(self.targets)
 
     def problem(self, rounds: int = 3, seed: int = 7) -> Problem:
-        return Problem(self.initial, self.scaling, self.clients, rounds, seed)
+        return Problem(self.initial, self.scaling, self.clients, rounds, seed, self.weight)
+
+    def weight(self, layer: str) -> Tensor:
+        """A pretrained weight; the losses do not depend on it."""
+        d_out, _, d_in, _ = LAYERS[layer]
+        draw = torch.Generator().manual_seed(len(layer) + d_in)
+        return torch.randn(d_out, d_in, generator=draw)
 
     def cohort(self, clients: Sequence[str]) -> ToyCohort:
         return ToyCohort(self, clients)
@@ -203,6 +209,11 @@ class ToyCohort(Cohort):
             found.append(torch.stack([0.5 * e.square().sum() for e in errors]).sum())
         return torch.stack(found)
 
+    def weight_gradients(self, at: Tree, *, fixed: Tree | None = None) -> Tree:
+        rows = zip(self.clients, self._whole(at, fixed, None), strict=True)
+        errors = [self._toy.errors(client, whole) for client, whole in rows]
+        return tree.stack([{n: e[n] for n in self._toy.scaling} for e in errors])
+
     def recall(self, name: str, default: Tree) -> Tree:
         kept = [self._toy.memory.get(c, {}).get(name) for c in self.clients]
         return tree.stack([own or tree.row(default, k) for k, own in enumerate(kept)])
@@ -252,11 +263,12 @@ def make(clients: int = 5, dtype: torch.dtype = torch.float64, lora: bool = True
 
 @dataclass(frozen=True)
 class Played:
-    """A run: the states before round 1 and after each round, and the messages both ways."""
+    """A run: states before round 1 and after each round, messages both ways, who took part."""
 
     states: list[Any]
     sent: list[Messages]
     replies: list[Messages]
+    present: list[tuple[str, ...]]
 
 
 Present = Callable[[int, tuple[str, ...]], Iterable[str]]
@@ -277,7 +289,7 @@ def play(
     strategy: Strategy[Any], toy: Toy, rounds: int = 3, present: Present = everyone, size: int = 99
 ) -> Played:
     """Runs ``rounds`` rounds, training in stacks of ``size`` clients."""
-    played = Played([strategy.init(toy.problem(rounds))], [], [])
+    played = Played([strategy.init(toy.problem(rounds))], [], [], [])
     for number in range(1, rounds + 1):
         names = tuple(present(number, toy.clients))
         stacks = addressed(strategy, played.states[-1], number, names)
@@ -286,6 +298,7 @@ def play(
         ]
         played.states.append(strategy.receive(played.states[-1], iter(parts)))
         played.sent.extend(stacks)
+        played.present.append(names)
         played.replies.extend(parts)
     return played
 
