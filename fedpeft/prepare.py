@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedpeft import sampling
-from fedpeft.base import check_foldable
+from fedpeft.base import check_foldable, pretrained
 from fedpeft.cohort.choose import choose_lane
 from fedpeft.cohort.chunk import choose
 from fedpeft.cohort.federation import CohortFederation, Settings
@@ -52,6 +52,7 @@ class Prepared:
             clients=tuple(sorted(client.name for client in self.population.clients)),
             rounds=self.recipe.rounds.count,
             seed=self.recipe.seed,
+            weight=partial(pretrained, self.network),
         )
 
     @property

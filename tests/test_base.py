@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from fedpeft.base import check_foldable, export_with_base, folded
+from fedpeft.base import (
+    check_foldable,
+    export_with_base,
+    folded,
+    gradients_by_weight,
+    pretrained,
+)
 from fedpeft.cohort.lanes import FoldLane, LoopLane
 from fedpeft.engine import play_round
 from fedpeft.errors import FedpeftError
@@ -181,3 +187,36 @@ def test_nothing_is_left_of_a_run() -> None:
     assert any(bool(change.any()) for change in strategy.base(state).values())
     tiny.network.write(tiny.network.initial)
     assert digest(tiny.network.model) == before
+
+
+@KINDS
+def test_the_pretrained_weight_and_its_gradient_are_those_of_the_update(kind: str) -> None:
+    """A step dW on W is a step s B A = dW: both by the layout of the update, Conv1D or not."""
+    net = network(kind)
+    net.write({n: torch.zeros_like(v) for n, v in net.initial.items() if "lora" in n})
+    tokens = torch.randint(1, 40, (4, 7), generator=torch.Generator().manual_seed(2))
+
+    def loss() -> Tensor:
+        found: Tensor = net.model(input_ids=tokens).logits.square().sum()
+        return found
+
+    gradient = gradients_by_weight(net, [lambda: (loss(), torch.tensor(2.0))])
+    for layer, own in gradient.items():
+        d_out = len(net.initial[f"{layer}.lora_B.default.weight"])
+        assert pretrained(net, layer).shape == own.shape and len(own) == d_out
+        step = 1e-2 * torch.randn(own.shape, generator=torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            with folded(net, {layer: step}):
+                up = float(loss())
+                assert torch.allclose(
+                    pretrained(net, layer), _before(kind, layer) + step, atol=1e-6
+                )
+            with folded(net, {layer: -step}):
+                down = float(loss())
+        assert (up - down) / 4 == pytest.approx(float((own * step).sum()), rel=2e-2)
+    assert not any(p.requires_grad for n, p in net.model.named_parameters() if "lora" not in n
+                   and "modules_to_save" not in n)  # fmt: skip
+
+
+def _before(kind: str, layer: str) -> Tensor:
+    return pretrained(network(kind), layer)
