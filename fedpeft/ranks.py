@@ -7,12 +7,13 @@ which is exact: with the same s = alpha / r for everybody, W + s B A is the clie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch.nn.functional import pad
 
 from fedpeft.errors import FedpeftError
 from fedpeft.lowrank import is_a, is_b
+from fedpeft.message import Messages, Replies
 from fedpeft.strategy import Problem
 from fedpeft.streams import numpy_stream
 from fedpeft.tree import Tree
@@ -82,3 +83,11 @@ def widen(like: Tree) -> Callable[[Tree], Tree]:
         return found
 
     return expand
+
+
+def padded(replies: Replies, tree: str, like: Tree) -> Iterator[Messages]:
+    """Replies of unequal ranks with their factors widened to ``like``'s, so that they stack."""
+    expand = widen(like)
+    for reply in replies:
+        wide = {**reply.trees, tree: expand(reply.trees[tree])}
+        yield Messages(reply.clients, wide, reply.scalars, reply.blobs)

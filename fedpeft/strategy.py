@@ -65,6 +65,7 @@ leading rows of a factor. Whatever works on tensors (steps, clipping, per-exampl
 
 
 def _no_weight(layer: str) -> Tensor:
+    """Raises FedpeftError: this problem was made without a model at hand."""
     raise FedpeftError(
         f"the pretrained weight of {layer!r} is not at hand here: choose a setting of the strategy "
         f"that does not need it."

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedpeft.errors import FedpeftError
 from fedpeft.lowrank import is_a, is_b, lora_pairs, squared_norms
-from fedpeft.ranks import assign, lead, widen
+from fedpeft.ranks import assign, lead, padded, widen
 from fedpeft.strategy import Cohort, Messages, Problem, Replies, Strategy, gather, group_by
 from fedpeft.tree import Tree, mean, sort
 
@@ -90,10 +90,9 @@ class HetLoRA(Strategy[State]):
         return messages.reply({"adapter": kept}, weight=cohort.weights, loss=fit.loss, rank=ranks)
 
     def receive(self, state: State, replies: Replies) -> State:
-        wide, ranks, stacks = widen(state.adapter), dict(state.ranks), []
-        for reply in replies:
-            padded = {"adapter": wide(reply.trees["adapter"])}
-            stacks.append(Messages(reply.clients, padded, reply.scalars))
+        stacks = list(padded(replies, "adapter", state.adapter))
+        ranks = dict(state.ranks)
+        for reply in stacks:
             ranks |= zip(reply.clients, map(int, reply.scalars["rank"].tolist()), strict=True)
         own, p = gather(stacks, "adapter")
         sizes = squared_norms(own, state.scaling).sqrt()

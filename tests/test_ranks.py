@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 from fedpeft import tree
 from fedpeft.errors import FedpeftError
 from fedpeft.ranks import assign, full_rank, lead, widen
-from fedpeft.strategy import Problem
+from fedpeft.strategies.flexlora import FlexLoRA
+from fedpeft.strategy import Problem, addressed
 from tests.cohort import small
-from tests.strategies.toy import a_of, b_of, make
+from tests.strategies.toy import LAYERS, Present, a_of, arrays, b_of, everyone, make, some
 from tests.tiny import LORA, tiny_network
 
 
@@ -74,3 +76,38 @@ def test_a_low_rank_inside_the_model_is_the_model_of_that_rank() -> None:
     found = torch.autograd.grad(other.square().sum(), list(leaves.values()))
     for (name, _), gradient in zip(leaves.items(), found, strict=True):
         assert torch.allclose(gradient[0], wanted[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("present", [everyone, some])
+def test_flexlora_gives_every_client_the_best_factors_of_its_rank(present: Present) -> None:
+    """FX1 for each client's own rank, in numpy: W = sum p_k s B_k A_k, its SVD, its tail."""
+    ranks = {"client-0": 1, "client-1": 3, "client-2": 2, "client-3": 1, "client-4": 3}
+    toy, strategy = make(), FlexLoRA(client_ranks=ranks)
+    state = strategy.init(toy.problem())
+    adapter = arrays(toy.initial)
+    for t in (1, 2, 3):
+        names = list(present(t, toy.clients))
+        total = sum(toy.weights[c] for c in names)
+        dense = {n: np.zeros((o, i)) for n, (o, _, i, _) in LAYERS.items()}
+        heads = {n: 0.0 * v for n, v in adapter.items() if "lora" not in n}
+        for client in names:
+            own = arrays(lead({n: torch.from_numpy(v) for n, v in adapter.items()}, ranks[client]))
+            for _ in range(toy.steps[client]):
+                g = toy.gradient(client, own)
+                own = {n: own[n] - toy.lr * g[n] for n in own}
+            p = toy.weights[client] / total
+            for layer, (*_, s) in LAYERS.items():
+                dense[layer] += p * s * own[b_of(layer)] @ own[a_of(layer)]
+            heads = {n: heads[n] + p * own[n] for n in heads}
+        sent = addressed(strategy, state, t, names)
+        replies = [strategy.train(stack, toy.cohort(stack.clients)) for stack in sent]
+        state = strategy.receive(state, iter(replies))
+        adapter = arrays(strategy.adapter(state))
+        for layer, (_, r, *_) in LAYERS.items():
+            tail = np.linalg.svd(dense[layer], compute_uv=False)
+            for q in range(1, r + 1):
+                low = lead(strategy.adapter(state), q)
+                left = float(np.linalg.norm(toy.update(low, layer).numpy() - dense[layer]))
+                assert left == pytest.approx(float(np.linalg.norm(tail[q:])), abs=1e-12)
+        for name, value in heads.items():
+            assert abs(adapter[name] - value).max() <= 1e-12

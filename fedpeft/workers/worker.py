@@ -134,7 +134,7 @@ def _train(
 ) -> Iterator[Item]:
     """The shard's replies, or, for a linear strategy, what the round loop would make of them."""
     stream = federation.run(task.round, messages)
-    if not prepared.strategy.linear:
+    if not prepared.strategy.linear or prepared.strategy.keeps:  # who keeps what, it must know
         for reply in stream:
             yield pack_messages(reply) if isinstance(reply, Messages) else reply
         return

@@ -17,7 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft import strategy as strategies
 from fedpeft.cohort.clients import TorchCohort
-from fedpeft.config import Recipe, Rounds, Sampling
+from fedpeft.config import Recipe
 from fedpeft.config_load import dump_recipe, load_strategy, parse_recipe
 from fedpeft.engine import RoundReport, play_round
 from fedpeft.errors import FedpeftError, QuorumError
@@ -27,7 +27,7 @@ from fedpeft.flower.federation import Digests, FlowerFederation, Patience
 from fedpeft.flower.records import Header, decode, encode
 from fedpeft.metrics import Score
 from fedpeft.prepare import Prepared, prepare
-from fedpeft.strategy import Messages, addressed
+from fedpeft.strategy import Messages
 from fedpeft.tree import Tree
 from tests.flower.nodes import InProcess, Reply
 from tests.tiny import IA3, LORA, tiny_recipe, write_tiny
@@ -117,59 +117,6 @@ def test_the_same_adapter_and_scores_as_in_process(folder: Path, adapter: dict[s
     assert [s.loss for s in scores.values()] == pytest.approx(
         [s.loss for s in own.values()], abs=1e-6, nan_ok=True
     )
-
-
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        {"name": "fedex_lora"},
-        {"name": "flora", "ranks": [1, 2]},
-        {"name": "ravan"},
-        {"name": "hetlora", "ranks": [1, 2]},
-        {"name": "fed_sb", "start": "weights"},
-        {"name": "fed_sb", "start": "gradients_unprotected", "first_step": 0.01},
-    ],
-    ids=lambda own: "-".join(str(v) for v in own.values()),
-)
-def test_what_clients_keep_is_kept_on_the_nodes(folder: Path, strategy: dict[str, Any]) -> None:
-    """Some clients miss rounds; bytes, adapter and base are those of one process."""
-    recipe = tiny_recipe(folder, **strategy)
-    rounds = Rounds(count=4, sampling=Sampling("uniform", fraction=0.5))
-    recipe = dataclasses.replace(recipe, rounds=rounds)
-    prepared = prepare(recipe)
-    federation = federate(InProcess(partitions()), recipe)
-    states, books = [], []
-    for at in (federation, prepared.federation()):
-        state, own = prepared.strategy.init(prepared.problem), []
-        for number in range(1, 5):
-            state, report = play_round(prepared.strategy, state, at, rounds, 0, number)
-            own.append((report.sampled, report.down, report.up, report.excluded))
-        states.append(state)
-        books.append(own)
-    assert books[0] == books[1] and not any(excluded for *_, excluded in books[0])
-    found, wanted = (prepared.strategy.adapter(state) for state in states)
-    assert gap(found, wanted) <= 1e-6
-    ours, theirs = (prepared.strategy.base(state) for state in states)
-    if prepared.strategy.folds:
-        assert gap(ours, theirs) <= 1e-6 and any("base" in down for _, down, *_ in books[0])
-        assert len({sampled for sampled, *_ in books[0]}) > 1
-    sent = addressed(prepared.strategy, states[0], 4, tuple(SIZES))
-    assert not [part for part in federation.evaluate(4, *sent) if isinstance(part, Failure)]
-
-
-def test_a_node_that_lost_the_base_is_refused(folder: Path) -> None:
-    recipe = tiny_recipe(folder, name="fedex_lora")
-    prepared = prepare(recipe)
-    grid = InProcess(partitions())
-    federation = federate(grid, recipe)
-    state = prepared.strategy.init(prepared.problem)
-    for number in (1, 2):
-        state, _ = play_round(prepared.strategy, state, federation, recipe.rounds, 0, number)
-    for record in grid.contexts.values():
-        record.state = RecordDict()
-    rounds = dataclasses.replace(recipe.rounds, quorum=1.0)
-    with pytest.raises(QuorumError, match=r"keeps version 0 of 'base'.*after version 1"):
-        play_round(prepared.strategy, state, federation, rounds, 0, 3)
 
 
 def test_the_order_of_nodes_and_answers_changes_nothing(folder: Path) -> None:

@@ -178,13 +178,11 @@ def test_a_run_without_checkpoints_says_so(tmp_path: Path, there: bool) -> None:
 
 def test_a_tree_that_clients_share_is_written_once(tmp_path: Path) -> None:
     common = {"x": torch.rand(1000)}
-    memory = {f"c{k}": {"kept": common, "own": {"x": torch.tensor(k)}} for k in range(50)}
+    memory = {f"c{k}": {"kept": common, "own": {"x": torch.tensor(k)}} for k in range(9)}
     path = save(tmp_path, Checkpoint(1, State({}), memory, {}), keep=1)
-    assert sum(f.stat().st_size for f in path.glob("*.safetensors")) < 2 * 4000 + 50 * 100
-    found, _ = latest(tmp_path, State)
-    for k in range(50):
-        assert torch.equal(found.memory[f"c{k}"]["kept"]["x"], common["x"])
-        assert int(found.memory[f"c{k}"]["own"]["x"]) == k
+    assert sum(f.stat().st_size for f in path.glob("*.safetensors")) < 2 * 4000
+    for k, back in enumerate(latest(tmp_path, State)[0].memory.values()):
+        assert torch.equal(back["kept"]["x"], common["x"]) and int(back["own"]["x"]) == k
 
 
 def test_a_checkpoint_of_another_strategy_is_refused(tmp_path: Path) -> None:

@@ -72,18 +72,21 @@ def apart(found: tree.Tree, wanted: tree.Tree) -> float:
     return tree.norm(tree.sub(found, wanted)) / tree.norm(wanted)
 
 
-@pytest.mark.parametrize("name", ["fedex_lora", "flora"])
-def test_what_clients_keep_goes_with_their_shard(files: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"name": "fedex_lora"}, {"name": "flora"}, {"name": "fed_sb", "start": "weights"}]
+)
+def test_what_clients_keep_goes_with_their_shard(files: Path, settings: dict[str, str]) -> None:
     """Clients miss rounds and change worker; base, books and memory are one process's."""
-    prepared = prepare(recipe(files, name=name))
+    prepared = prepare(recipe(files, **settings))
     at = WorkersFederation(prepared, FakePool(prepared, 3))
     (state, reports), (wanted, books) = play(prepared, at), play(prepared, prepared.federation())
     assert same_books(reports, books) and not any(r.excluded for r in reports)
     assert len({r.sampled for r in reports}) > 1
     strategy = prepared.strategy
     assert apart(strategy.adapter(state), strategy.adapter(wanted)) <= 1e-6
-    assert apart(strategy.base(state), strategy.base(wanted)) <= 1e-5
-    assert tree.norm(strategy.base(wanted)) > 0
+    if strategy.folds:
+        assert apart(strategy.base(state), strategy.base(wanted)) <= 1e-5
+        assert tree.norm(strategy.base(wanted)) > 0
 
 
 @dataclass(frozen=True)
