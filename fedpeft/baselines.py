@@ -24,6 +24,7 @@ from fedpeft.events import Outcome, Watcher
 from fedpeft.federation import Failure, Federation
 from fedpeft.metrics import Score
 from fedpeft.prepare import Prepared, as_baseline
+from fedpeft.strategy import addressed
 from fedpeft.tree import Tree
 from fedpeft.workers.federation import WorkersFederation
 
@@ -62,8 +63,8 @@ def clients_outcome(prepared: Prepared, federation: Federation, state: Any) -> C
     if not prepared.recipe.evaluation.clients:
         return ClientsOutcome({}, math.nan, math.nan)
     rounds = prepared.recipe.rounds.count
-    messages = prepared.strategy.send(state, rounds, _measured(prepared, federation))
-    return summarise(prepared.population.task, _collect(federation.evaluate(rounds, messages)))
+    sent = addressed(prepared.strategy, state, rounds, _measured(prepared, federation))
+    return summarise(prepared.population.task, _collect(federation.evaluate(rounds, *sent)))
 
 
 def test_score(prepared: Prepared, federation: Federation, state: Any) -> Score:
@@ -74,7 +75,8 @@ def test_score(prepared: Prepared, federation: Federation, state: Any) -> Score:
     """
     population, strategy = prepared.population, prepared.strategy
     if strategy.shares:
-        return score(prepared.network, prepared.lane, strategy.adapter(state), population.test)
+        adapter, base = strategy.adapter(state), strategy.base(state)
+        return score(prepared.network, prepared.lane, adapter, population.test, base)
     if not isinstance(federation, CohortFederation | WorkersFederation):
         return NOTHING
     rounds, limit = prepared.recipe.rounds.count, prepared.recipe.evaluation.local_test
@@ -82,8 +84,8 @@ def test_score(prepared: Prepared, federation: Federation, state: Any) -> Score:
     if 0 < limit < len(index):
         stream = streams.numpy_stream(prepared.recipe.seed, "local test")
         index = np.sort(stream.choice(len(index), size=limit, replace=False))
-    messages = strategy.send(state, rounds, _measured(prepared, federation))
-    found = _collect(federation.evaluate_test(rounds, messages, index))
+    sent = addressed(strategy, state, rounds, _measured(prepared, federation))
+    found = _collect(federation.evaluate_test(rounds, index, *sent))
     return mean_score(list(found.values()))
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from fedpeft import sampling
 from fedpeft.cohort.federation import client_weights
-from fedpeft.comms.ledger import Bytes, stack_bytes
+from fedpeft.comms.ledger import Bytes, total_bytes
 from fedpeft.config import Rounds
 from fedpeft.errors import QuorumError
 from fedpeft.federation import Federation
 from fedpeft.intake import Intake
-from fedpeft.strategy import Messages, Strategy
+from fedpeft.strategy import Messages, Strategy, addressed
+from fedpeft.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,17 @@ def play_round(
     if not names:
         empty = RoundReport(number, (), (), {}, 0, math.nan, {}, {}, time.perf_counter() - began)
         return state, empty
-    sent = strategy.send(state, number, names)
-    down = stack_bytes(sent)
-    present = [k for k, name in enumerate(names) if name not in lost]
-    if not present:
+    sent = addressed(strategy, state, number, names)
+    down = total_bytes(sent)
+    if len(lost) == len(names):
         raise QuorumError(_short(number, names, 0, rounds, {name: "dropped out" for name in lost}))
-    messages = sent.rows(present)
-    weight = client_weights([sizes[n] for n in messages.clients], rounds)
-    like = strategy.expects(messages[0])
-    intake = Intake(like, dict(zip(messages.clients, weight.tolist(), strict=True)))
-    stream = intake.stream(federation.run(number, messages))
+    present = [
+        stack.rows([k for k, name in enumerate(stack.clients) if name not in lost])
+        for stack in sent
+    ]
+    stacks = [stack for stack in present if len(stack)]
+    intake = intake_of(strategy, stacks, sizes, rounds)
+    stream = intake.stream(federation.run(number, *stacks))
     first = list(islice(stream, 1))
     after = strategy.receive(state, _chain(first, stream)) if first else state
     for _ in stream:  # whatever the strategy left unread still counts in the books
@@ -88,6 +90,19 @@ def play_round(
         seconds=time.perf_counter() - began,
     )
     return after, report
+
+
+def intake_of(
+    strategy: Strategy[Any], stacks: Sequence[Messages], sizes: Mapping[str, int], rounds: Rounds
+) -> Intake:
+    """What takes in the replies to ``stacks``; sizes: client -> number of training examples."""
+    like: dict[str, Mapping[str, Tree]] = {}
+    weights: dict[str, float] = {}
+    for stack in stacks:
+        like.update(dict.fromkeys(stack.clients, strategy.expects(stack[0])))
+        own = client_weights([sizes[name] for name in stack.clients], rounds)
+        weights.update(zip(stack.clients, own.tolist(), strict=True))
+    return Intake(like, weights)
 
 
 def _chain(first: list[Messages], rest: Iterator[Messages]) -> Iterator[Messages]:

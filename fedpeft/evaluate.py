@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fedpeft import tree
+from fedpeft.base import folded
 from fedpeft.cohort.lanes import Lane
 from fedpeft.data.examples import Examples
 from fedpeft.metrics import Score, Tally
@@ -18,10 +19,13 @@ ROWS = 64
 """Rows per forward pass, shared among the clients of the pass."""
 
 
-def score(network: Network, lane: Lane, adapter: Tree, examples: Examples) -> Score:
-    """One complete adapter (unstacked) on all of ``examples``."""
+def score(
+    network: Network, lane: Lane, adapter: Tree, examples: Examples, base: Tree | None = None
+) -> Score:
+    """One complete adapter (unstacked) on all of ``examples``; base: as in ``Cohort.fit``."""
     everything = np.arange(len(examples), dtype=np.int64)
-    return score_clients(network, lane, tree.broadcast(adapter, 1), [everything], examples)[0]
+    with folded(network, base or {}):
+        return score_clients(network, lane, tree.broadcast(adapter, 1), [everything], examples)[0]
 
 
 def score_clients(

@@ -46,19 +46,19 @@ class Federation(Protocol):
     def clients(self) -> Mapping[str, int]:
         """Stable client names (never transport ids) -> number of training examples, sorted."""
 
-    def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure | Partial]:
-        """Trains the clients of ``messages``; yields stacks of replies and failures.
+    def run(self, round: int, *stacks: Messages) -> Iterator[Messages | Failure | Partial]:
+        """Trains the clients of all stacks; yields stacks of replies and failures.
 
-        Every client appears exactly once, in an order that ``messages`` alone decides: that of
-        ``messages.clients``, or shard by shard. For a linear strategy a shard's replies may come
-        as one Partial.
+        Within a stack messages are alike in names and shapes. Every client appears exactly once, in
+        an order that the messages alone decide: that of the stacks and their clients, or shard by
+        shard. For a linear strategy a shard's replies may come as one Partial.
         """
 
-    def evaluate(self, round: int, messages: Messages) -> Iterator[dict[str, Score] | Failure]:
+    def evaluate(self, round: int, *stacks: Messages) -> Iterator[dict[str, Score] | Failure]:
         """Each client's score on its own hold-out, under the adapter it would use now."""
 
     def memory(self) -> dict[str, dict[str, Tree]]:
-        """Private memory of all clients, client -> name -> tree, for a checkpoint."""
+        """What all clients keep, client -> name -> tree, for a checkpoint."""
 
     def restore(self, memory: Mapping[str, Mapping[str, Tree]]) -> None:
         """Puts back what ``memory`` gave."""

@@ -5,6 +5,7 @@ The round loop takes them in here; so does a worker that answers for many client
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -22,12 +23,13 @@ from fedpeft.validate import check_stack
 class Intake:
     """Checks replies as they stream into ``receive``, and keeps the round's books.
 
-    like: the trees that a reply must hold, unstacked. weights: each client's registered weight.
+    like: client -> the trees that its reply must hold, unstacked. weights: client -> its
+    registered weight.
     excluded, up: as in RoundReport. replied: clients whose replies were valid. loss_sum,
     weight_sum: of their losses times weights, and of their weights.
     """
 
-    like: Mapping[str, Tree]
+    like: Mapping[str, Mapping[str, Tree]]
     weights: Mapping[str, float]
     excluded: dict[str, str] = field(default_factory=dict)
     up: Bytes = field(default_factory=dict)
@@ -37,7 +39,7 @@ class Intake:
 
     def stream(self, replies: Iterable[Messages | Failure | Partial]) -> Iterator[Messages]:
         """The valid replies, stack by stack; a Partial was checked where it was made."""
-        for reply in replies:
+        for reply in self._alike(replies):
             if isinstance(reply, Failure):
                 self.excluded[reply.client] = reply.reason
                 continue
@@ -46,7 +48,8 @@ class Intake:
                 self.excluded.update(reply.excluded)
             else:
                 up = stack_bytes(reply)
-                good, reasons = check_stack(reply, self.like, self.weights)
+                like = self.like.get(reply.clients[0]) or next(iter(self.like.values()))
+                good, reasons = check_stack(reply, like, self.weights)
                 clients = len(good)
                 self.excluded.update(reasons)
             for kind, size in up.items():
@@ -54,6 +57,20 @@ class Intake:
             if len(good):
                 self._count(good, clients)
                 yield good
+
+    def _alike(
+        self, replies: Iterable[Messages | Failure | Partial]
+    ) -> Iterator[Messages | Failure | Partial]:
+        """The replies, stacks cut where clients follow of which other trees are expected."""
+        for reply in replies:
+            if not isinstance(reply, Messages):
+                yield reply
+                continue
+            for _, part in itertools.groupby(
+                range(len(reply)), key=lambda k: id(self.like.get(reply.clients[k]))
+            ):
+                at = list(part)
+                yield reply if len(at) == len(reply) else reply.rows(at)
 
     def _count(self, good: Messages, clients: int) -> None:
         self.replied += clients

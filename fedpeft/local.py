@@ -21,7 +21,7 @@ from fedpeft.cohort.optimizer import RowOptimizer
 from fedpeft.cohort.per_example import step_function
 from fedpeft.cohort.turns import IDLE, Turn, turns
 from fedpeft.config import Local
-from fedpeft.strategy import Adjust, Fit
+from fedpeft.strategy import Adjust, Expand, Fit
 from fedpeft.tree import Layout, Tree
 
 FP16_SCALE = 2.0**14
@@ -95,12 +95,13 @@ class Trainer:
         progress: Progress,
         adjust: Adjust | None = None,
         own: Mapping[str, Tree] | None = None,
+        expand: Expand | None = None,
     ) -> Fit:
         """Local training of K clients from ``start`` (stacked) along their batch plans.
 
-        plans: one ``[steps_k, B]`` per client. adjust, own: as in ``Cohort.fit``.
+        plans: one ``[steps_k, B]`` per client. adjust, own, expand: as in ``Cohort.fit``.
         """
-        gradients = self.gradients
+        gradients = self.gradients.through(expand)
         device, local = gradients.device, gradients.local
         layout = Layout.of({name: value[0] for name, value in start.items()})
         clients = layout.pack(start).to(device, torch.float32)  # [K, P], where each client is now

@@ -251,7 +251,9 @@ def base_digest(model: nn.Module) -> str:
 
 
 def kind_of(name: str) -> str:
-    """What a trainable tensor is, for the byte ledger: ``head`` or ``adapter``."""
+    """What a tensor is, for the byte ledger: ``head``, ``base`` (a change of it) or ``adapter``."""
+    if name.rpartition(".")[2].startswith("fold_"):
+        return "base"
     return "head" if ".modules_to_save." in name else "adapter"
 
 

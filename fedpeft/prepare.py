@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedpeft import sampling
+from fedpeft.base import check_foldable, pretrained
 from fedpeft.cohort.choose import choose_lane
 from fedpeft.cohort.chunk import choose
 from fedpeft.cohort.federation import CohortFederation, Settings
@@ -54,6 +55,7 @@ class Prepared:
             clients=self.population.clients.names,
             rounds=self.recipe.rounds.count,
             seed=self.recipe.seed,
+            weight=partial(pretrained, self.network),
         )
 
     @property
@@ -165,6 +167,8 @@ def assemble(
     adapter = str(recipe.adapter.get("kind", "lora"))
     check_per_example(network, lane, population.examples, recipe.local, adapter)
     lane.set_precision(recipe.local.precision)
+    if strategy.folds:
+        check_foldable(network, str(recipe.strategy.get("name", "fedavg")))
     return Prepared(recipe, strategy, population, network, lane, tokenizer)
 
 

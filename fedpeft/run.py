@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft import sampling
+from fedpeft.base import export_with_base
 from fedpeft.baselines import baseline, clients_outcome, test_score
 from fedpeft.comms.ledger import Ledger
 from fedpeft.config import Recipe
@@ -174,7 +175,8 @@ class _Job:
     def _test(self, state: Any) -> Score:
         prepared = self.prepared
         adapter = prepared.strategy.adapter(state)
-        return score(prepared.network, prepared.lane, adapter, prepared.population.test)
+        base = prepared.strategy.base(state)
+        return score(prepared.network, prepared.lane, adapter, prepared.population.test, base)
 
     def _log(self, report: RoundReport, measured: Score | None) -> None:
         dropped = [{"client": name, "reason": "dropped out"} for name in report.dropped]
@@ -252,6 +254,9 @@ class _Job:
         part = self.folder.path / ".adapter-writing"
         shutil.rmtree(part, ignore_errors=True)
         save_adapter(prepared.network, adapter, part, prepared.recipe.model.name)
+        base = prepared.strategy.base(self.at.state)
+        if base:
+            export_with_base(prepared.network, adapter, base, part)
         shutil.rmtree(self.folder.adapter, ignore_errors=True)
         part.rename(self.folder.adapter)
         return adapter

@@ -36,15 +36,14 @@ import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
-import torch
 from torch import Tensor
 
-from fedpeft import tree as trees_
 from fedpeft.errors import FedpeftError, suggest
+from fedpeft.message import Message, Messages, Replies, gather, weighted_mean
 from fedpeft.tree import Tree
 
 S = TypeVar("S")
@@ -56,121 +55,21 @@ Its rows are the clients that step together, which may be some of the cohort's; 
 same clients' rows of the trees that ``Cohort.fit`` was given under that name.
 """
 
+Expand = Callable[[Tree], Tree]
+"""``trained -> the model's own trainable tensors``, stacked, row by row, differentiable.
 
-@dataclass(frozen=True)
-class Message:
-    """What travels to or from one client: named trees, named numbers, opaque payloads.
-
-    One to one with a Flower ``RecordDict``: an ``ArrayRecord`` per tree, one ``MetricRecord`` for
-    the scalars, one ``ConfigRecord`` for the blobs.
-    """
-
-    trees: Mapping[str, Tree] = field(default_factory=dict)
-    scalars: Mapping[str, float] = field(default_factory=dict)
-    blobs: Mapping[str, bytes] = field(default_factory=dict)
+What is trained may be other tensors than the model's: a core R with ``lora_B = B R``, heads, the
+leading rows of a factor. Whatever works on tensors (steps, clipping, per-example gradients,
+``adjust``) works on what is trained. Rows are the clients of a step, or examples: never mix them.
+"""
 
 
-@dataclass(frozen=True)
-class Messages:
-    """The messages of K named clients, stacked: trees ``[K, *shape]``, scalars ``[K]`` float64.
-
-    Rows are in the order of ``clients``.
-    """
-
-    clients: tuple[str, ...]
-    trees: Mapping[str, Tree] = field(default_factory=dict)
-    scalars: Mapping[str, Tensor] = field(default_factory=dict)
-    blobs: Mapping[str, tuple[bytes, ...]] = field(default_factory=dict)
-
-    @staticmethod
-    def broadcast(
-        clients: Sequence[str],
-        trees: Mapping[str, Tree],
-        scalars: Mapping[str, float] | None = None,
-        blobs: Mapping[str, bytes] | None = None,
-    ) -> Messages:
-        """The same message to every client, as views on one copy (10,000 clients cost one)."""
-        k = len(clients)
-        return Messages(
-            tuple(clients),
-            {name: trees_.broadcast(t, k) for name, t in trees.items()},
-            {
-                n: torch.full((k,), float(v), dtype=torch.float64)
-                for n, v in (scalars or {}).items()
-            },
-            {name: (blob,) * k for name, blob in (blobs or {}).items()},
-        )
-
-    @staticmethod
-    def stack(clients: Sequence[str], messages: Sequence[Message]) -> Messages:
-        """Stacks single messages. Raises ValueError where their names, shapes or dtypes differ."""
-        first = messages[0]
-        for other in messages[1:]:
-            for part in ("trees", "scalars", "blobs"):
-                mine, theirs = set(getattr(first, part)), set(getattr(other, part))
-                if mine != theirs:
-                    raise ValueError(f"messages differ in {part}: {sorted(mine ^ theirs)}")
-        return Messages(
-            tuple(clients),
-            {n: trees_.stack([m.trees[n] for m in messages]) for n in first.trees},
-            {
-                n: torch.tensor([m.scalars[n] for m in messages], dtype=torch.float64)
-                for n in first.scalars
-            },
-            {n: tuple(m.blobs[n] for m in messages) for n in first.blobs},
-        )
-
-    def reply(self, trees: Mapping[str, Tree], **scalars: Tensor) -> Messages:
-        """A reply of the same clients: stacked trees, and scalars ``[K]`` such as ``weight``."""
-        numbers = {name: v.detach().to("cpu", torch.float64) for name, v in scalars.items()}
-        return Messages(self.clients, dict(trees), numbers)
-
-    def to(self, device: torch.device) -> Messages:
-        """The messages with their trees on ``device``; scalars stay on the CPU."""
-        moved = {n: {m: x.to(device) for m, x in t.items()} for n, t in self.trees.items()}
-        return Messages(self.clients, moved, self.scalars, self.blobs)
-
-    def __len__(self) -> int:
-        return len(self.clients)
-
-    def __getitem__(self, k: int) -> Message:
-        return Message(
-            {name: trees_.row(t, k) for name, t in self.trees.items()},
-            {name: float(v[k]) for name, v in self.scalars.items()},
-            {name: v[k] for name, v in self.blobs.items()},
-        )
-
-    def rows(self, index: Sequence[int]) -> Messages:
-        """The messages of the clients at ``index``; views where the index is a plain range."""
-        at = list(index)
-        if at and at == list(range(at[0], at[-1] + 1)):
-            part = slice(at[0], at[-1] + 1)
-            pick = {n: {m: x[part] for m, x in t.items()} for n, t in self.trees.items()}
-        else:
-            pick = {n: trees_.rows(t, at) for n, t in self.trees.items()}
-        return Messages(
-            tuple(self.clients[i] for i in at),
-            pick,
-            {name: v[at] for name, v in self.scalars.items()},
-            {name: tuple(v[i] for i in at) for name, v in self.blobs.items()},
-        )
-
-    def split(self, size: int) -> Iterator[Messages]:
-        """Consecutive stacks of at most ``size`` clients."""
-        for start in range(0, len(self), size):
-            yield self.rows(range(start, min(start + size, len(self))))
-
-
-Replies = Iterable[Messages]
-"""Valid replies, stack by stack, in the order of the round's clients. Can be read once."""
-
-
-def weighted_mean(replies: Replies, tree: str, weight: str = "weight") -> Tree:
-    """``sum_k p_k x_k`` of one tree with ``p_k`` proportional to the scalar ``weight``; streams.
-
-    Sums run in float64 and are cast once. Raises ValueError when no reply has weight.
-    """
-    return trees_.mean((r.trees[tree], r.scalars[weight]) for r in replies)
+def _no_weight(layer: str) -> Tensor:
+    """Raises FedpeftError: this problem was made without a model at hand."""
+    raise FedpeftError(
+        f"the pretrained weight of {layer!r} is not at hand here: choose a setting of the strategy "
+        f"that does not need it."
+    )
 
 
 @dataclass(frozen=True)
@@ -182,6 +81,7 @@ class Problem:
     clients: names of all registered clients, ascending; there may be a million.
     rounds: communication rounds that the run will have.
     seed: the run's seed; derive streams with ``fedpeft.streams``.
+    weight: LoRA layer -> its pretrained weight ``[d_out, d_in]``, a copy in float32 on the CPU.
     """
 
     initial: Tree
@@ -189,6 +89,7 @@ class Problem:
     clients: Sequence[str]
     rounds: int
     seed: int
+    weight: Callable[[str], Tensor] = _no_weight
 
 
 @dataclass(frozen=True)
@@ -225,22 +126,48 @@ class Cohort(ABC):
         fixed: Tree | None = None,
         adjust: Adjust | None = None,
         own: Mapping[str, Tree] | None = None,
+        expand: Expand | None = None,
+        base: Tree | None = None,
     ) -> Fit:
         """Local training from ``start`` (stacked) with the recipe's optimizer, steps and batches.
 
         Exactly the tensors of ``start`` are trained; ``fixed`` (unstacked) holds the model's other
         trainable tensors, the same for all clients. Together they must name every trainable tensor
-        of the model. ``adjust`` maps the clipped gradient, e.g. a proximal term; what it needs of
-        each client (stacked trees) comes through ``own``, never from outside.
+        of the model; with ``expand`` what it makes of ``start`` counts in place of ``start``.
+        ``adjust`` maps the clipped gradient, e.g. a proximal term; what it needs of each client
+        (stacked trees) comes through ``own``, never from outside. ``base`` changes the frozen
+        weights for this call: LoRA layer -> dense update ``[d_out, d_in]``, the same for all
+        clients.
         """
 
     @abstractmethod
-    def gradients(self, at: Tree, *, fixed: Tree | None = None) -> Tree:
-        """The gradient of each client's mean loss over all its training data, stacked."""
+    def gradients(
+        self,
+        at: Tree,
+        *,
+        fixed: Tree | None = None,
+        expand: Expand | None = None,
+        base: Tree | None = None,
+    ) -> Tree:
+        """The gradient of each client's mean loss over all its training data by ``at``, stacked."""
 
     @abstractmethod
-    def losses(self, at: Tree, *, fixed: Tree | None = None) -> Tensor:
+    def losses(
+        self,
+        at: Tree,
+        *,
+        fixed: Tree | None = None,
+        expand: Expand | None = None,
+        base: Tree | None = None,
+    ) -> Tensor:
         """Each client's mean loss over all its training data, ``[K]``; forward only."""
+
+    @abstractmethod
+    def weight_gradients(self, at: Tree, *, fixed: Tree | None = None) -> Tree:
+        """The gradient of each client's mean loss by the frozen weights of all LoRA layers.
+
+        LoRA layer -> ``[K, d_out, d_in]``, dense, on the CPU: K times the adapted weights.
+        """
 
     @abstractmethod
     def recall(self, name: str, default: Tree) -> Tree:
@@ -249,6 +176,31 @@ class Cohort(ABC):
     @abstractmethod
     def remember(self, name: str, value: Tree) -> None:
         """Keeps ``value`` (stacked) as the clients' private memory ``name`` for later rounds."""
+
+    @abstractmethod
+    def keep(self, name: str, version: int, value: Tree) -> None:
+        """The clients keep ``value`` (unstacked) as version ``version`` of ``name``, from 1 up.
+
+        For what the server gives to everybody and a client need not be sent twice: changes of the
+        frozen base, a basis. Public, and one copy for all clients of a process. A version stands
+        for one value: what is given for a version that somebody here keeps is not looked at.
+        """
+
+    @abstractmethod
+    def kept(self, name: str, since: int) -> tuple[int, Tree]:
+        """The newest version of ``name`` that is kept here, and its value; ``(0, {})`` if none.
+
+        Raises FedpeftError where a client keeps a version older than ``since``. A client that keeps
+        ``since`` may be given a newer one: in one process, others may have brought it there.
+        """
+
+
+def group_by(clients: Sequence[str], key: Callable[[str], int]) -> list[tuple[str, ...]]:
+    """The clients in groups of equal key, smallest key first; in their order within each."""
+    found: dict[int, list[str]] = {}
+    for client in clients:
+        found.setdefault(key(client), []).append(client)
+    return [tuple(found[k]) for k in sorted(found)]
 
 
 class Strategy(ABC, Generic[S]):
@@ -259,6 +211,8 @@ class Strategy(ABC, Generic[S]):
     shares: the result is one global adapter; without it every client ends with its own.
     exact: with LoRA, the state after a round stands for the weighted mean of the clients' dense
     updates, ``dW = sum_k p_k dW_k``; without it the mean of factors or something else.
+    keeps: clients keep what the server once sent them (``Cohort.keep``).
+    folds: the frozen base changes; ``base`` and ``followed`` say how.
     linear: ``receive`` reads replies only through means of their trees and scalars weighted by the
     scalar ``weight``; so replies may be averaged in parts, each part with its total weight.
     """
@@ -268,6 +222,8 @@ class Strategy(ABC, Generic[S]):
     shares: ClassVar[bool] = True
     exact: ClassVar[bool] = False
     linear: ClassVar[bool] = False
+    keeps: ClassVar[bool] = False
+    folds: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, problem: Problem) -> S:
@@ -275,7 +231,7 @@ class Strategy(ABC, Generic[S]):
 
     @abstractmethod
     def send(self, state: S, round: int, clients: Sequence[str]) -> Messages:
-        """What the server sends to this round's clients; ``round`` counts from 1."""
+        """What the server sends to these clients, one of ``groups``; ``round`` counts from 1."""
 
     @abstractmethod
     def train(self, messages: Messages, cohort: Cohort) -> Messages:
@@ -292,6 +248,13 @@ class Strategy(ABC, Generic[S]):
     def adapter(self, state: S) -> Tree:
         """The global adapter that the state stands for: every trainable tensor of the model."""
 
+    def groups(self, state: S, clients: Sequence[str]) -> list[tuple[str, ...]]:
+        """A round's clients, divided so that within a group messages have equal names and shapes.
+
+        Groups train one after another; ``send`` is called for each. By default all are one.
+        """
+        return [tuple(clients)]
+
     def expects(self, sent: Message) -> Mapping[str, Tree]:
         """The trees that a reply to ``sent`` must hold, by name, shape and dtype: the same."""
         return sent.trees
@@ -303,6 +266,27 @@ class Strategy(ABC, Generic[S]):
         whose messages hold less, or whose clients keep something private, say otherwise.
         """
         return messages.trees["adapter"]
+
+    def base(self, state: S) -> Tree:
+        """How far the frozen weights are from the pretrained: LoRA layer -> ``[d_out, d_in]``."""
+        return {}
+
+    def followed(self, messages: Messages, cohort: Cohort) -> Tree:
+        """``base`` as these clients have it, after the messages; goes with ``personal``."""
+        return {}
+
+
+def addressed(
+    strategy: Strategy[S], state: S, round: int, clients: Sequence[str]
+) -> list[Messages]:
+    """A round's messages, one stack for each of the strategy's groups.
+
+    Raises ValueError unless every client is in one group.
+    """
+    stacks = [strategy.send(state, round, group) for group in strategy.groups(state, clients)]
+    if sorted(name for sent in stacks for name in sent.clients) != sorted(clients):
+        raise ValueError(f"{type(strategy).__name__}.groups must have every client in one group")
+    return stacks
 
 
 def available() -> dict[str, str]:
@@ -379,14 +363,18 @@ def build(name: str, settings: Mapping[str, object]) -> Strategy[Any]:
 __all__ = [
     "Adjust",
     "Cohort",
+    "Expand",
     "Fit",
     "Message",
     "Messages",
     "Problem",
     "Replies",
     "Strategy",
+    "addressed",
     "available",
     "build",
+    "gather",
+    "group_by",
     "load",
     "weighted_mean",
 ]

@@ -32,7 +32,7 @@ def replies(names: list[str], nan: str = "") -> Messages:
 
 
 def intake() -> Intake:
-    return Intake(replies(["c0"])[0].trees, WEIGHTS)
+    return Intake(dict.fromkeys(WEIGHTS, replies(["c0"])[0].trees), WEIGHTS)
 
 
 def test_an_average_is_the_mean_by_weight_with_the_total_weight() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedpeft.base import folded
 from fedpeft.config import Engine, Evaluation, Output, Recipe, Rounds, Sampling
 from fedpeft.config_load import load_recipe
 from fedpeft.engine import RoundReport
@@ -112,7 +113,7 @@ def test_a_run_leaves_its_folder_and_its_table(files: Path, tmp_path: Path) -> N
     assert not [p for p in out.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "ffa_lora", "local"])
+@pytest.mark.parametrize("strategy", ["fedavg", "ffa_lora", "local", "fedex_lora", "flora"])
 @pytest.mark.parametrize("every", [1, 3])
 def test_ctrl_c_then_resume_is_bit_identical(
     files: Path, tmp_path: Path, strategy: str, every: int
@@ -251,12 +252,13 @@ LOADER = """
 """
 
 
+@pytest.mark.parametrize("strategy", ["fedavg", "fedex_lora", "flora"])
 def test_peft_alone_loads_the_exported_adapter_with_the_same_logits(
-    files: Path, tmp_path: Path
+    files: Path, tmp_path: Path, strategy: str
 ) -> None:
     from fedpeft.prepare import prepare
 
-    made = recipe(files, tmp_path / "run")
+    made = recipe(files, tmp_path / "run", name=strategy)
     run(made, Watcher())
     prepared = prepare(made)
     kind = type(prepared.strategy.init(prepared.problem))
@@ -268,8 +270,12 @@ def test_peft_alone_loads_the_exported_adapter_with_the_same_logits(
         tokens=torch.tensor(tokens),
         mask=None,
     )
-    with torch.no_grad():
+    base = prepared.strategy.base(state)
+    with torch.no_grad(), folded(prepared.network, base):
         wanted = prepared.lane.logits(adapter, batch)
+    assert bool(base) == (strategy != "fedavg")
+    rank = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["r"]
+    assert rank > 2 if strategy == "flora" else rank == 2  # FedEx: E is below float32 here
     done = subprocess.run(
         [
             sys.executable,

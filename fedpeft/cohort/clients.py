@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedpeft.base import folded, gradients_by_weight
+from fedpeft.cohort.lanes import Lane, LoopLane
+from fedpeft.cohort.shelf import Shelf
 from fedpeft.data.clients import ClientData
 from fedpeft.local import Progress, Trainer, batch_plan
 from fedpeft.metrics import client_sums
 from fedpeft.model import Network
-from fedpeft.strategy import Adjust, Cohort, Fit
-from fedpeft.tree import Layout, Tree
+from fedpeft.strategy import Adjust, Cohort, Expand, Fit
+from fedpeft.tree import Layout, Tree, stack
 
 Memory = dict[str, dict[str, Tree]]
 """Private memory of clients: client name -> memory name -> tree."""
@@ -29,7 +33,10 @@ class RoundInfo:
 
 
 class TorchCohort(Cohort):
-    """K clients on one network. ``memory`` is the store of exactly these clients' own memory."""
+    """K clients on one network.
+
+    own: the store of exactly these clients' own memory, and the shelf of what they were given.
+    """
 
     def __init__(
         self,
@@ -38,7 +45,7 @@ class TorchCohort(Cohort):
         data: Sequence[ClientData],
         info: RoundInfo,
         weights: Tensor,
-        memory: Memory,
+        own: tuple[Memory, Shelf],
     ) -> None:
         self.clients = tuple(client.name for client in data)
         self.weights = weights
@@ -47,8 +54,7 @@ class TorchCohort(Cohort):
         self._trainer = trainer
         self._data = list(data)
         self._info = info
-        self._memory = memory
-        self._objective = trainer.gradients.objective
+        self._memory, self._shelf = own
 
     def fit(
         self,
@@ -57,46 +63,76 @@ class TorchCohort(Cohort):
         fixed: Tree | None = None,
         adjust: Adjust | None = None,
         own: Mapping[str, Tree] | None = None,
+        expand: Expand | None = None,
+        base: Tree | None = None,
     ) -> Fit:
-        self._place(start, fixed)
+        self._place(start, fixed, expand)
         local, info = self._trainer.gradients.local, self._info
         plans = [
             batch_plan(c.train, local, info.seed, c.name, info.progress.round) for c in self._data
         ]
-        return self._trainer.fit(start, plans, info.progress, adjust, own)
+        with folded(self._network, base or {}):
+            return self._trainer.fit(start, plans, info.progress, adjust, own, expand)
 
-    def gradients(self, at: Tree, *, fixed: Tree | None = None) -> Tree:
-        self._place(at, fixed)
+    def gradients(
+        self,
+        at: Tree,
+        *,
+        fixed: Tree | None = None,
+        expand: Expand | None = None,
+        base: Tree | None = None,
+    ) -> Tree:
+        self._place(at, fixed, expand)
+        gradients = self._trainer.gradients.through(expand)
         layout = Layout.of({name: value[0] for name, value in at.items()})
         matrix = layout.pack(at).to(self._device, torch.float32)
         total = torch.zeros_like(matrix)
         items = torch.zeros(len(self._data), device=self._device)
-        for part, index in self._passes():
-            own = matrix[part].requires_grad_()
-            sums, counts = self._sums(layout.unpack(own), index)
-            total[part] += torch.autograd.grad(sums.sum(), own)[0]
-            items[part] += counts
+        with folded(self._network, base or {}):
+            for part, index in self._passes():
+                own = matrix[part].requires_grad_()
+                sums, counts = self._sums(gradients.expanded(layout.unpack(own)), index)
+                total[part] += torch.autograd.grad(sums.sum(), own)[0]
+                items[part] += counts
         gradient = total / items.clamp(min=1)[:, None]
         own = matrix.requires_grad_()
-        penalty = self._objective.penalty(layout.unpack(own))
-        if penalty is not None:
-            gradient += torch.autograd.grad(penalty.sum(), own)[0]
-        return layout.unpack(self._objective.project(gradient, layout))
+        gradient, _ = gradients.regularise(own, layout, gradient, torch.zeros_like(items))
+        return layout.unpack(gradient)
 
-    def losses(self, at: Tree, *, fixed: Tree | None = None) -> Tensor:
-        self._place(at, fixed)
+    def losses(
+        self,
+        at: Tree,
+        *,
+        fixed: Tree | None = None,
+        expand: Expand | None = None,
+        base: Tree | None = None,
+    ) -> Tensor:
+        self._place(at, fixed, expand)
+        gradients = self._trainer.gradients.through(expand)
         placed = {name: value.to(self._device) for name, value in at.items()}
         total = torch.zeros(len(self._data), device=self._device)
         items = torch.zeros_like(total)
-        with torch.no_grad():
+        with torch.no_grad(), folded(self._network, base or {}):
             for part, index in self._passes():
                 own = {name: value[part] for name, value in placed.items()}
-                sums, counts = self._sums(own, index)
+                sums, counts = self._sums(gradients.expanded(own), index)
                 total[part] += sums
                 items[part] += counts
-            penalty = self._objective.penalty(placed)
+            penalty = gradients.objective.penalty(gradients.expanded(placed))
         mean = total / items.clamp(min=1)
         return mean if penalty is None else mean + penalty
+
+    def weight_gradients(self, at: Tree, *, fixed: Tree | None = None) -> Tree:
+        """One client after another, whatever the lane."""
+        self._place(at, fixed, None)
+        lane, size = LoopLane(self._network.model), self._trainer.gradients.local.batch_size
+        rows = []
+        for k, client in enumerate(self._data):
+            own = {name: value[k : k + 1].to(self._device) for name, value in at.items()}
+            parts = [client.train[i : i + size] for i in range(0, len(client.train), size)]
+            losses = [partial(self._sums, own, part[None], lane) for part in parts]
+            rows.append(gradients_by_weight(self._network, losses))
+        return stack(rows)
 
     def recall(self, name: str, default: Tree) -> Tree:
         found = {key: value.clone() for key, value in default.items()}
@@ -111,22 +147,29 @@ class TorchCohort(Cohort):
             own = {key: tensor[k].detach().cpu().clone() for key, tensor in value.items()}
             self._memory.setdefault(client, {})[name] = own
 
-    def _place(self, stacked: Tree, fixed: Tree | None) -> None:
+    def keep(self, name: str, version: int, value: Tree) -> None:
+        self._shelf.keep(self.clients, name, version, value)
+
+    def kept(self, name: str, since: int) -> tuple[int, Tree]:
+        version, value = self._shelf.kept(self.clients, name, since)
+        return version, {key: tensor.to(self._device) for key, tensor in value.items()}
+
+    def _place(self, start: Tree, fixed: Tree | None, expand: Expand | None) -> None:
         """Checks that the trees make up the whole adapter, and writes the shared part."""
-        shared = fixed or {}
-        named, whole = {*stacked, *shared}, set(self.initial)
-        if named != whole or len(stacked) + len(shared) != len(whole):
+        shared, made, what = fixed or {}, start, "start"
+        if expand is not None:
+            check_shapes(start, len(self.clients), {name: v[0] for name, v in start.items()})
+            with torch.no_grad():
+                made = expand({name: v[:1].to(self._device) for name, v in start.items()})
+            what = "what expand makes of start"
+        named, whole = {*made, *shared}, set(self.initial)
+        if named != whole or len(made) + len(shared) != len(whole):
             raise ValueError(
-                f"start and fixed must name every trainable tensor once: missing "
+                f"{what} and fixed must name every trainable tensor once: missing "
                 f"{sorted(whole - named)[:3]}, unknown {sorted(named - whole)[:3]}, "
-                f"twice {sorted(set(stacked) & set(shared))[:3]}"
+                f"twice {sorted(set(made) & set(shared))[:3]}"
             )
-        for name, value in stacked.items():
-            if tuple(value.shape) != (len(self.clients), *self.initial[name].shape):
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}; for {len(self.clients)} clients it is "
-                    f"{(len(self.clients), *self.initial[name].shape)}"
-                )
+        check_shapes(made, len(self.clients) if expand is None else 1, self.initial)
         self._network.write(shared)
 
     @property
@@ -149,7 +192,20 @@ class TorchCohort(Cohort):
             for s in range(steps):
                 yield part, plan[:, s * size : (s + 1) * size]
 
-    def _sums(self, params: Tree, index: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _sums(
+        self, params: Tree, index: np.ndarray, lane: Lane | None = None
+    ) -> tuple[Tensor, Tensor]:
         gradients = self._trainer.gradients
         batch = gradients.examples.batch(torch.from_numpy(index)).to(gradients.device)
-        return client_sums(gradients.task, gradients.lane.logits(params, batch), batch)
+        logits = (lane or gradients.lane).logits(params, batch)
+        return client_sums(gradients.task, logits, batch)
+
+
+def check_shapes(stacked: Tree, clients: int, like: Tree) -> None:
+    """Raises ValueError unless every tensor is ``like``'s (unstacked) for so many clients."""
+    for name, value in stacked.items():
+        wanted = (clients, *like[name].shape)
+        if tuple(value.shape) != wanted:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; for {clients} clients it is {wanted}"
+            )

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from fedpeft import streams
+from fedpeft.base import folded
 from fedpeft.cohort.chunk import COHORT
 from fedpeft.cohort.clients import Memory, RoundInfo, TorchCohort
 from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.lanes import Lane, LoopLane
+from fedpeft.cohort.shelf import PREFIX, Shelf
 from fedpeft.config import Local, Rounds
 from fedpeft.data.clients import ClientData, Population
 from fedpeft.data.examples import Examples
@@ -72,6 +74,7 @@ class CohortFederation:
         self._chunk = chunk
         self._on_chunk = on_chunk
         self._memory: Memory = {}
+        self._shelf = Shelf()
         self._one_by_one = isinstance(lane, LoopLane)
         self._waiting: set[str] = set()
         task, examples = population.task, population.examples
@@ -81,8 +84,12 @@ class CohortFederation:
         """Client -> number of training examples, sorted by name."""
         return self._clients.roster
 
-    def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure]:
+    def run(self, round: int, *stacks: Messages) -> Iterator[Messages | Failure]:
         """Trains the clients cohort by cohort; yields a stack of replies, or a failure, of each."""
+        for messages in stacks:
+            yield from self._run(round, messages)
+
+    def _run(self, round: int, messages: Messages) -> Iterator[Messages | Failure]:
         first = 0
         while first < len(messages):
             size = 1 if self._one_by_one else COHORT * self._chunk
@@ -99,13 +106,17 @@ class CohortFederation:
         if new and self._on_chunk is not None:
             self._on_chunk(len(new), sum(self.tokens(name) for name in new))
 
-    def evaluate(self, round: int, messages: Messages) -> Iterator[dict[str, Score] | Failure]:
+    def evaluate(self, round: int, *stacks: Messages) -> Iterator[dict[str, Score] | Failure]:
         """Scores on the clients' own hold-outs, chunk by chunk."""
-        for chunk in messages.split(self._chunk):
+        for chunk in self._chunks(stacks):
             yield from self._isolated(round, chunk, self._score)
 
+    def _chunks(self, stacks: Sequence[Messages]) -> Iterator[Messages]:
+        for messages in stacks:
+            yield from messages.split(self._chunk)
+
     def evaluate_test(
-        self, round: int, messages: Messages, index: np.ndarray
+        self, round: int, index: np.ndarray, *stacks: Messages
     ) -> Iterator[dict[str, Score] | Failure]:
         """As ``evaluate``, but every client's adapter on examples ``index`` of the test set."""
         test = self._population.test
@@ -113,7 +124,7 @@ class CohortFederation:
         def work(messages: Messages, cohort: TorchCohort) -> dict[str, Score]:
             return self._score_on(messages, cohort, [index] * len(messages), test)
 
-        for chunk in messages.split(self._chunk):
+        for chunk in self._chunks(stacks):
             yield from self._isolated(round, chunk, work)
 
     def score_shared(self, adapter: Tree, names: Sequence[str]) -> dict[str, Score]:
@@ -131,12 +142,21 @@ class CohortFederation:
         return found
 
     def memory(self) -> Memory:
-        """Private memory of all clients, as of now."""
-        return dict(self._memory)
+        """What all clients keep, as of now: private memory, and what they were given once."""
+        given = self._shelf.memory()
+        return {
+            client: {**self._memory.get(client, {}), **given.get(client, {})}
+            for client in sorted(self._memory.keys() | given.keys())
+        }
 
     def restore(self, memory: Mapping[str, Mapping[str, Tree]]) -> None:
         """Puts back what ``memory`` gave."""
-        self._memory = {client: dict(kept) for client, kept in memory.items()}
+        self._shelf = Shelf.of(memory)
+        private = {
+            client: {n: t for n, t in own.items() if not n.startswith(PREFIX)}
+            for client, own in memory.items()
+        }
+        self._memory = {client: own for client, own in private.items() if own}
 
     def _isolated(self, round: int, cohort: Messages, work: Work) -> Iterator[Any]:
         """Runs ``work`` on a cohort; if it fails, on each half of it, down to single clients.
@@ -177,7 +197,8 @@ class CohortFederation:
         progress = Progress(round, self._settings.rounds.count)
         info = RoundInfo(progress, self._settings.seed)
         trainer = Trainer(self._gradients, self._chunk, lambda k: self._done([messages.clients[k]]))
-        cohort = TorchCohort(self._network, trainer, own, info, self._weights(own), memory)
+        kept = (memory, self._shelf)
+        cohort = TorchCohort(self._network, trainer, own, info, self._weights(own), kept)
         with torch.random.fork_rng():
             torch.manual_seed(
                 streams.derive(self._settings.seed, "dropout", round, messages.clients[0])
@@ -202,8 +223,10 @@ class CohortFederation:
         index: Sequence[np.ndarray],
         examples: Examples,
     ) -> dict[str, Score]:
+        base = self._strategy.followed(messages, cohort)
         adapters = self._strategy.personal(messages, cohort)
-        scores = score_clients(self._network, self._gradients.lane, adapters, index, examples)
+        with folded(self._network, base):
+            scores = score_clients(self._network, self._gradients.lane, adapters, index, examples)
         return dict(zip(cohort.clients, scores, strict=True))
 
     def _weights(self, data: list[ClientData]) -> Tensor:

@@ -2,10 +2,14 @@
 
 The loss is the sum of the clients' mean losses; client k's depends on row k of the matrix alone,
 so one backward pass per pass of the step gives every client's own gradient.
+
+What is trained need not be the model's tensors: ``through(expand)`` gives gradients by whatever
+``expand`` makes them from. This is the one place where the two meet.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -19,7 +23,8 @@ from fedpeft.config import Local
 from fedpeft.data.clients import Task
 from fedpeft.data.examples import Batch, Examples
 from fedpeft.metrics import client_sums
-from fedpeft.tree import Layout, Tree
+from fedpeft.strategy import Expand
+from fedpeft.tree import Layout, Tree, numel
 
 
 class Gradients:
@@ -35,7 +40,24 @@ class Gradients:
         self.device = device
         self.loader = Loader(examples, local, device, fixed=lane.compiled != "none")
         self.objective = Objective(lane.model)
+        self._expand: Expand | None = None
         self._step_losses = compiled(self.losses, lane.compiled)
+
+    def through(self, expand: Expand | None) -> Gradients:
+        """The same, by tensors that ``expand`` makes into the model's."""
+        found = copy.copy(self)
+        found._expand = expand
+        return found
+
+    def expanded(self, trained: Tree) -> Tree:
+        """The model's tensors for trained ones, both stacked, differentiable."""
+        return trained if self._expand is None else self._expand(trained)
+
+    def numbers(self, matrix: Tensor, layout: Layout) -> int:
+        """Numbers per row that are alive in a step: what is trained, or what it expands to."""
+        with torch.no_grad():
+            one = self.expanded(layout.unpack(matrix[:1]))
+        return max(layout.size, numel(one))
 
     def step(
         self, matrix: Tensor, layout: Layout, index: np.ndarray, scale: Tensor
@@ -51,7 +73,8 @@ class Gradients:
         losses = torch.zeros(len(matrix), device=self.device)
         with self.lane.installed():
             for batch in step.passes:
-                loss = self._step_losses(layout.unpack(matrix), batch) / step.items
+                stacked = self.expanded(layout.unpack(matrix))
+                loss = self._step_losses(stacked, batch) / step.items
                 [part] = torch.autograd.grad((loss * scale).sum(), matrix)
                 gradient = part if gradient is None else gradient + part
                 losses += loss.detach()
@@ -62,14 +85,17 @@ class Gradients:
         self, matrix: Tensor, layout: Layout, gradient: Tensor, losses: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Adds the tuner's penalty to gradient and loss, and projects the gradient: no data."""
-        penalty = self.objective.penalty(layout.unpack(matrix))
+        penalty = self.objective.penalty(self.expanded(layout.unpack(matrix)))
         if penalty is not None:
             gradient = gradient + torch.autograd.grad(penalty.sum(), matrix)[0]
             losses = losses + penalty.detach()
         return self.objective.project(gradient, layout), losses
 
     def losses(self, stacked: Tree, batch: Batch) -> Tensor:
-        """Summed loss of each client's rows of a batch, ``[C]``, differentiable."""
+        """Summed loss of each client's rows of a batch, ``[C]``, differentiable.
+
+        stacked: the model's own tensors.
+        """
         return client_sums(self.task, self.lane.logits(stacked, batch), batch)[0]
 
 

@@ -220,11 +220,11 @@ class PerExample:
         norms = torch.zeros(index.size, device=self.device)
         losses = torch.zeros(index.size, device=self.device)
         rows = self._trainable(_Rows.of(index))
-        fp16 = self.local.precision == "fp16"
+        fp16, size = self.local.precision == "fp16", self._gradients.numbers(matrix, layout)
         for factor in (1.0, RESCALE, 0.0) if fp16 else (1.0,):
             scales = (scale * factor).clamp(min=1.0) if fp16 else scale
             call = _Call(matrix.detach(), layout, scales, weigh, total, norms, losses)
-            for part, run in self._passes(rows, layout.size, len(index)):
+            for part, run in self._passes(rows, size, len(index)):
                 run(call, part)
             if fp16:
                 rows = rows.take(~np.isfinite(norms.cpu().numpy()[rows.at]))
@@ -281,10 +281,11 @@ class PerExample:
             yield rows.take(order[unit * i : unit * j])
 
     def _losses(self, stacked: Tree, rows: _Rows) -> Tensor:
-        """Each example's own mean loss, ``[n]``."""
+        """Each example's own mean loss, ``[n]``, at trained tensors."""
         index = torch.from_numpy(rows.example)[:, None]
         batch = self.examples.batch(index).to(self.device)
-        sums, counts = client_sums(self.task, self.lane.logits(stacked, batch), batch)
+        logits = self.lane.logits(self._gradients.expanded(stacked), batch)
+        sums, counts = client_sums(self.task, logits, batch)
         return sums / counts
 
     def _one(self, call: _Call, rows: _Rows) -> None:

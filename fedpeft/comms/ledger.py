@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -22,7 +22,7 @@ from fedpeft.model import kind_of
 from fedpeft.strategy import Message, Messages
 
 Bytes = dict[str, int]
-"""Bytes by kind: ``adapter``, ``head``, ``scalar``, ``blob``."""
+"""Bytes by kind: ``adapter``, ``head``, ``base``, ``scalar``, ``blob``."""
 
 
 @cache
@@ -63,6 +63,14 @@ def stack_bytes(messages: Messages) -> Bytes:
     if messages.blobs:  # the only part whose size may differ from client to client
         names = sum(len(name) for name in messages.blobs) * len(messages)
         found["blob"] = names + sum(len(b) for own in messages.blobs.values() for b in own)
+    return dict(found)
+
+
+def total_bytes(stacks: Iterable[Messages]) -> Bytes:
+    """Bytes of several stacks by kind."""
+    found: Counter[str] = Counter()
+    for messages in stacks:
+        found.update(stack_bytes(messages))
     return dict(found)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flwr.app import Message as FlowerMessage
@@ -66,7 +66,8 @@ class FlowerFederation:
     ) -> None:
         self._grid = grid
         self._recipe = dump_recipe(recipe)
-        self._remembers = load_strategy(recipe).remembers
+        strategy = load_strategy(recipe)
+        self._keeps = strategy.remembers or strategy.keeps
         self._nodes = nodes
         self._digests = digests
         self._patience = patience or Patience()
@@ -86,9 +87,9 @@ class FlowerFederation:
             self._join()
         return dict(sorted(self._sizes.items()))
 
-    def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure]:
+    def run(self, round: int, *stacks: Messages) -> Iterator[Messages | Failure]:
         """Sends each client's node its message; replies of equal schema come in stacks."""
-        outcomes = self._ask(MessageType.TRAIN, round, messages)
+        outcomes = self._ask(MessageType.TRAIN, round, stacks)
         for schema, group in itertools.groupby(outcomes, key=lambda pair: _schema(pair[1])):
             if schema is None:
                 yield from (failure for _, failure in group if isinstance(failure, Failure))
@@ -98,9 +99,9 @@ class FlowerFederation:
                 self._trained.update(names)
                 yield Messages.stack(names, replies)
 
-    def evaluate(self, round: int, messages: Messages) -> Iterator[dict[str, Score] | Failure]:
+    def evaluate(self, round: int, *stacks: Messages) -> Iterator[dict[str, Score] | Failure]:
         """The nodes' own scores on their hold-outs, client by client."""
-        for client, outcome in self._ask(MessageType.EVALUATE, round, messages):
+        for client, outcome in self._ask(MessageType.EVALUATE, round, stacks):
             if isinstance(outcome, Failure):
                 yield outcome
                 continue
@@ -111,14 +112,14 @@ class FlowerFederation:
                 yield Failure(client, f"no score: {error}")
 
     def memory(self) -> dict[str, dict[str, Tree]]:
-        """Private memory stays on the nodes: only whose there is, client -> {}."""
-        return {client: {} for client in sorted(self._trained)} if self._remembers else {}
+        """What clients keep stays on the nodes: only whose there is, client -> {}."""
+        return {client: {} for client in sorted(self._trained)} if self._keeps else {}
 
     def restore(self, memory: Mapping[str, Mapping[str, Tree]]) -> None:
         """Takes an empty memory only. Raises FedpeftError on a resume that would need more."""
         if memory:
             raise FedpeftError(
-                f"engine.kind=flower cannot resume this strategy: the private memory of "
+                f"engine.kind=flower cannot resume this strategy: the memory of "
                 f"{len(memory)} clients was on Flower's nodes and is gone with them. Run it again "
                 f"from the start, or use engine.kind=cohort or sequential, whose checkpoints hold "
                 f"all clients' memory."
@@ -183,19 +184,22 @@ class FlowerFederation:
         return present
 
     def _ask(
-        self, kind: str, round: int, messages: Messages
+        self, kind: str, round: int, stacks: Sequence[Messages]
     ) -> Iterator[tuple[str, Message | Failure]]:
         """Sends each client its message; what came of it, in the order of the clients."""
         self.clients()
         present = self._refresh()
-        at = [k for k, name in enumerate(messages.clients) if self._route.get(name) in present]
-        sent = messages.rows(at)
         base = self._digests or Digests("", "")
         header = Header(round, "", base.base, base.layout, self._recipe)
-        contents = encode_stack(sent, [replace(header, client=name) for name in sent.clients])
-        nodes = [self._route[name] for name in sent.clients]
-        answers = self._exchange(kind, dict(zip(nodes, contents, strict=True)), round)
-        for client in messages.clients:
+        contents: dict[int, RecordDict] = {}
+        for messages in stacks:
+            at = [k for k, name in enumerate(messages.clients) if self._route.get(name) in present]
+            sent = messages.rows(at)
+            records = encode_stack(sent, [replace(header, client=name) for name in sent.clients])
+            nodes = [self._route[name] for name in sent.clients]
+            contents.update(zip(nodes, records, strict=True))
+        answers = self._exchange(kind, contents, round)
+        for client in (name for messages in stacks for name in messages.clients):
             node = self._route.get(client)
             if node not in answers:
                 yield client, Failure(client, "its node is not connected")

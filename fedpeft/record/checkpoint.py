@@ -37,7 +37,7 @@ from fedpeft.record.files import failed_write, sync_folder, write_synced
 
 S = TypeVar("S")
 
-VERSION = 1
+VERSION = 2
 SHARD = 32 * 2**20
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"round-(\d{6,})(?:\.(\d+))?")
@@ -48,9 +48,10 @@ _HIDDEN = ".writing-"
 class Checkpoint(Generic[S]):
     """A run after ``round`` rounds.
 
-    state: the strategy's state, see ``codec`` for what it may hold. memory: the clients' private
-    memory, client -> name -> tree; clients may have any names. extra: further plain values of the
-    engine's (ledgers, counters), under string keys. Tensors come back on the CPU, bit for bit.
+    state: the strategy's state, see ``codec`` for what it may hold. memory: what clients keep,
+    client -> name -> tree; clients may have any names, and a tree that several share is written
+    once. extra: further plain values of the engine's (ledgers, counters), under string keys.
+    Tensors come back on the CPU, bit for bit.
     """
 
     round: int
@@ -107,12 +108,20 @@ def latest(folder: Path, state: type[S]) -> tuple[Checkpoint[S], list[str]]:
 
 def _encode(content: Checkpoint[Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, state = codec.encode(content.state)
-    memory = {c: {n: dict(t) for n, t in own.items()} for c, own in content.memory.items()}
+    trees: list[dict[str, Tensor]] = []
+    place: dict[int, int] = {}
+    memory: dict[str, dict[str, int]] = {}
+    for client, own in content.memory.items():
+        for tree in own.values():
+            if id(tree) not in place:
+                place[id(tree)] = len(trees)
+                trees.append(dict(tree))
+        memory[client] = {name: place[id(tree)] for name, tree in own.items()}
     return tensors, {
         "version": VERSION,
         "round": content.round,
         "state": state,
-        "memory": codec.pack(memory, "memory", tensors),
+        "memory": codec.pack({"trees": trees, "clients": memory}, "memory", tensors),
         "extra": codec.pack(dict(content.extra), "extra", tensors),
     }
 
@@ -159,10 +168,12 @@ def _read(path: Path, state: type[S]) -> Checkpoint[S]:
             raise CheckpointError(f"{name} is corrupt: its SHA-256 is not the manifest's")
         # Cloned into torch's own aligned memory: kernels may round differently on unaligned data.
         tensors.update({name: tensor.clone() for name, tensor in load(data).items()})
+    memory = codec.unpack(content["memory"], tensors)
+    trees = memory["trees"]
     return Checkpoint(
         content["round"],
         codec.decode(state, tensors, content["state"]),
-        codec.unpack(content["memory"], tensors),
+        {c: {n: trees[i] for n, i in own.items()} for c, own in memory["clients"].items()},
         codec.unpack(content["extra"], tensors),
     )
 

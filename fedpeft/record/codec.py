@@ -1,8 +1,8 @@
 """A strategy's state as tensors and JSON, and back, exactly; nothing is pickled or imported.
 
 What a state may hold: Tensors (floating point, integer, bool), int, float, str, bool, None, and
-dicts (keys str or int), lists and tuples of these. JSON has no tuples, integer keys, NaN or
-tensors, so these become objects of one key::
+dicts (keys str or int), lists and tuples of these; a field that is declared as another dataclass
+may hold one. JSON has no tuples, integer keys, NaN or tensors, so these become objects of one key::
 
     {"tensor": "3"}   {"tuple": [...]}   {"dict": [[key, value], ...]}   {"float": "nan"}
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -39,10 +39,21 @@ def encode(state: object) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises FedpeftError that names the place of a value that a checkpoint cannot hold.
     """
-    kind = type(state)
     tensors: dict[str, Tensor] = {}
-    values = {n: pack(getattr(state, n), f"{kind.__name__}.{n}", tensors) for n in _fields(kind)}
-    return tensors, {"class": _name(kind), "fields": values}
+    return tensors, _encode(state, tensors)
+
+
+def _encode(state: object, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    kind = type(state)
+    inner = _inner(kind)
+    values: dict[str, object] = {}
+    for name in _fields(kind):
+        value = getattr(state, name)
+        if name in inner and type(value) is inner[name]:
+            values[name] = _encode(value, tensors)
+        else:
+            values[name] = pack(value, f"{kind.__name__}.{name}", tensors)
+    return {"class": _name(kind), "fields": values}
 
 
 def decode(kind: type[S], tensors: dict[str, Tensor], node: dict[str, Any]) -> S:
@@ -53,7 +64,11 @@ def decode(kind: type[S], tensors: dict[str, Tensor], node: dict[str, Any]) -> S
     if found != set(wanted):
         one_sided = sorted(found ^ set(wanted))
         raise CheckpointError(f"{_name(kind)} has changed: fields {one_sided} are on one side only")
-    return kind(**{name: unpack(node["fields"][name], tensors) for name in wanted})
+    inner, values = _inner(kind), {}
+    for name in wanted:
+        own = node["fields"][name]
+        values[name] = decode(inner[name], tensors, own) if name in inner else unpack(own, tensors)
+    return kind(**values)
 
 
 def pack(value: object, where: str, tensors: dict[str, Tensor]) -> object:
@@ -108,6 +123,12 @@ def _add(tensor: Tensor, where: str, tensors: dict[str, Tensor]) -> str:
     number = str(len(tensors))
     tensors[number] = tensor
     return number
+
+
+def _inner(kind: type) -> dict[str, type]:
+    """Fields that are declared as another dataclass, and which."""
+    hints = get_type_hints(kind)
+    return {n: hints[n] for n in _fields(kind) if is_dataclass(hints[n])}
 
 
 def _fields(kind: type) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class WorkersFederation:
 
     The result is that of one process up to the rounding of float32, and the same bits for the same
     number of workers. (With dropout the draws depend on who shares a chunk, so on the number of
-    workers too.) Private memory is kept here; strategies that remember get it with each shard.
+    workers too.) What clients keep is kept here; strategies that need it get it with each shard.
     Replies of strategies that are not linear come back whole.
 
     on_chunk: called after each shard with (clients done in it, tokens trained in it).
@@ -45,7 +45,7 @@ class WorkersFederation:
         self, prepared: Prepared, pool: Pool, on_chunk: Callable[[int, int], None] | None = None
     ) -> None:
         self._pool = pool
-        self._remembers = prepared.strategy.remembers
+        self._keeps = prepared.strategy.remembers or prepared.strategy.keeps
         self._own = prepared.federation()
         self._on_chunk = on_chunk
         self._memory: Memory = {}
@@ -54,9 +54,9 @@ class WorkersFederation:
         """Client -> number of training examples, sorted by name."""
         return self._own.clients()
 
-    def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure | Partial]:
+    def run(self, round: int, *stacks: Messages) -> Iterator[Messages | Failure | Partial]:
         """Trains the clients; shard by shard, one Partial for linear strategies, else stacks."""
-        for shard, items in self._play("train", round, messages):
+        for shard, items in self._play("train", round, stacks):
             for item in items:
                 if isinstance(item, Averaged):
                     replies = unpack_messages(item.replies)
@@ -68,15 +68,15 @@ class WorkersFederation:
             if self._on_chunk is not None:
                 self._on_chunk(len(shard), sum(self._own.tokens(name) for name in shard))
 
-    def evaluate(self, round: int, messages: Messages) -> Iterator[dict[str, Score] | Failure]:
+    def evaluate(self, round: int, *stacks: Messages) -> Iterator[dict[str, Score] | Failure]:
         """Scores on the clients' own hold-outs, shard by shard."""
-        yield from self._scores(self._play("holdout", round, messages))
+        yield from self._scores(self._play("holdout", round, stacks))
 
     def evaluate_test(
-        self, round: int, messages: Messages, index: np.ndarray
+        self, round: int, index: np.ndarray, *stacks: Messages
     ) -> Iterator[dict[str, Score] | Failure]:
         """As ``evaluate``, but every client's adapter on examples ``index`` of the test set."""
-        yield from self._scores(self._play("test", round, messages, index))
+        yield from self._scores(self._play("test", round, stacks, index))
 
     def memory(self) -> Memory:
         """Private memory of all clients, as of now."""
@@ -92,9 +92,15 @@ class WorkersFederation:
             yield from (item for item in items if isinstance(item, dict | Failure))
 
     def _play(
-        self, kind: Kind, round: int, messages: Messages, index: np.ndarray = _NOTHING
+        self, kind: Kind, round: int, stacks: Sequence[Messages], index: np.ndarray = _NOTHING
     ) -> Iterator[Shard]:
-        """The shards' clients and what came of them, in the order of the shards."""
+        """The shards' clients and what came of them, stack by stack in the order of the shards."""
+        for messages in stacks:
+            yield from self._play_one(kind, round, messages, index)
+
+    def _play_one(
+        self, kind: Kind, round: int, messages: Messages, index: np.ndarray
+    ) -> Iterator[Shard]:
         names = messages.clients
         shards = divide(names, [self._own.tokens(name) for name in names], self._pool.size)
         common, own = split(messages)
@@ -102,7 +108,7 @@ class WorkersFederation:
         for number, shard in enumerate(shards):
             part = own.rows(shard)
             kept = {n: self._memory[n] for n in part.clients if n in self._memory}
-            memory = pack_memory(kept) if self._remembers else {}
+            memory = pack_memory(kept) if self._keeps else {}
             name = f"shard {number}"
             tasks.append(Task(kind, name, round, pack_messages(part), memory, index))
         for task, done in zip(tasks, play(self._pool, common, tasks), strict=True):

@@ -116,10 +116,16 @@ Kept = dict[str, dict[str, Arrays]]
 
 
 def pack_memory(memory: Mapping[str, Mapping[str, Tree]]) -> Kept:
-    """Private memory as arrays."""
-    return {client: {n: pack(t) for n, t in own.items()} for client, own in memory.items()}
+    """What clients keep as arrays; a tree that several share is packed once."""
+    packed: dict[int, Arrays] = {}
+    for own in memory.values():
+        packed.update({id(t): pack(t) for t in own.values() if id(t) not in packed})
+    return {client: {n: packed[id(t)] for n, t in own.items()} for client, own in memory.items()}
 
 
 def unpack_memory(kept: Kept) -> dict[str, dict[str, Tree]]:
-    """The memory that ``pack_memory`` was given."""
-    return {client: {n: unpack(a) for n, a in own.items()} for client, own in kept.items()}
+    """The memory that ``pack_memory`` was given; what was shared is shared."""
+    found: dict[int, Tree] = {}
+    for own in kept.values():
+        found.update({id(a): unpack(a) for a in own.values() if id(a) not in found})
+    return {client: {n: found[id(a)] for n, a in own.items()} for client, own in kept.items()}

@@ -12,12 +12,12 @@ from typing import Literal
 
 import numpy as np
 
-from fedpeft.cohort.federation import CohortFederation, client_weights
+from fedpeft.cohort.federation import CohortFederation
 from fedpeft.comms.ledger import Bytes
 from fedpeft.config import Recipe
+from fedpeft.engine import intake_of
 from fedpeft.errors import FedpeftError
 from fedpeft.federation import Failure
-from fedpeft.intake import Intake
 from fedpeft.metrics import Score
 from fedpeft.prepare import Prepared, prepare
 from fedpeft.strategy import Messages
@@ -57,8 +57,8 @@ class Task:
     """One shard's work in a round.
 
     kind: what is done; ``test`` scores on examples ``index`` of the test set. name: the shard's.
-    own: the clients' messages, less what all have in common. memory: the clients' private memory,
-    of strategies that remember.
+    own: the clients' messages, less what all have in common. memory: what the clients keep, of
+    strategies that remember or keep.
     """
 
     kind: Kind
@@ -115,11 +115,11 @@ class Worker:
         if task.kind == "holdout":
             items.extend(federation.evaluate(task.round, messages))
         elif task.kind == "test":
-            items.extend(federation.evaluate_test(task.round, messages, task.index))
+            items.extend(federation.evaluate_test(task.round, task.index, messages))
         else:
             items.extend(_train(prepared, federation, task, messages))
-        remembers = prepared.strategy.remembers
-        return Done(items, pack_memory(federation.memory()) if remembers else {})
+        keeps = prepared.strategy.remembers or prepared.strategy.keeps
+        return Done(items, pack_memory(federation.memory()) if keeps else {})
 
     def _own(self) -> tuple[Prepared, CohortFederation]:
         if self._prepared is None:
@@ -134,14 +134,12 @@ def _train(
 ) -> Iterator[Item]:
     """The shard's replies, or, for a linear strategy, what the round loop would make of them."""
     stream = federation.run(task.round, messages)
-    if not prepared.strategy.linear:
+    if not prepared.strategy.linear or prepared.strategy.keeps:  # who keeps what, it must know
         for reply in stream:
             yield pack_messages(reply) if isinstance(reply, Messages) else reply
         return
-    sizes = federation.clients()
-    weights = client_weights([sizes[name] for name in messages.clients], prepared.recipe.rounds)
-    like = prepared.strategy.expects(messages[0])
-    intake = Intake(like, dict(zip(messages.clients, weights.tolist(), strict=True)))
+    sizes, rounds = federation.clients(), prepared.recipe.rounds
+    intake = intake_of(prepared.strategy, [messages], sizes, rounds)
     found = intake.partial(stream, task.name)
     yield Averaged(pack_messages(found.replies), found.clients, found.up, found.excluded)
 

@@ -11,6 +11,7 @@ from fedpeft import tree
 from fedpeft.cohort.clients import RoundInfo, TorchCohort
 from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.lanes import FoldLane
+from fedpeft.cohort.shelf import Shelf
 from fedpeft.local import Progress, Trainer
 from fedpeft.tree import Tree
 from tests.tiny import LOCAL, LORA, tiny_network, tiny_population
@@ -24,7 +25,7 @@ def cohort() -> TorchCohort:
     at = Trainer(Gradients(lane, net.task, population.examples, LOCAL, net.device), width=2)
     info = RoundInfo(Progress(1, 1), 0)
     weights = torch.tensor(SIZES, dtype=torch.float64)
-    return TorchCohort(net, at, population.clients, info, weights, {})
+    return TorchCohort(net, at, population.clients, info, weights, ({}, Shelf()))
 
 
 def start() -> Tree:
@@ -98,3 +99,27 @@ def test_fixed_tensors_are_used_and_not_trained() -> None:
     other = cohort().fit(own, fixed={n: -v for n, v in frozen.items()})
     assert not torch.equal(other.loss, fit.loss)
     assert np.isfinite(fit.loss.numpy()).all()
+
+
+def test_gradients_by_the_frozen_weights_are_those_of_the_plain_model() -> None:
+    """Against autograd on the whole data of each client; the weights stay frozen and untouched."""
+    at, net, population = cohort(), tiny_network(LORA), tiny_population(SIZES)
+    values = start()
+    found = at.weight_gradients(values)
+    assert set(found) == set(net.scaling)
+    examples = population.examples
+    for k, client in enumerate(population.clients):
+        net.write(tree.row(values, k))
+        weights = [net.model.get_submodule(n).get_base_layer().weight for n in found]  # type: ignore[operator]
+        for weight in weights:
+            weight.requires_grad_(True)
+        losses = []
+        for i in client.train:
+            tokens = examples.tokens[examples.starts[i] : examples.starts[i + 1]].long()[None]
+            logits = net.model(input_ids=tokens).logits
+            losses.append(cross_entropy(logits, examples.labels[i : i + 1]))  # type: ignore[index]
+        wanted = torch.autograd.grad(torch.stack(losses).mean(), weights)
+        for layer, gradient in zip(found, wanted, strict=True):
+            assert float((found[layer][k] - gradient).norm()) <= 1e-5 * float(gradient.norm())
+    own = [p for p in at._network.model.parameters() if p.requires_grad]
+    assert len(own) == len(net.initial)

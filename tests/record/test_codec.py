@@ -135,3 +135,20 @@ def test_a_state_of_another_class_or_with_other_fields_is_refused() -> None:
     node["class"] = node["class"].replace("State", "Renamed")
     with pytest.raises(CheckpointError, match=r"\['value', 'worth'\] are on one side only"):
         decode(Renamed, tensors, node)
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Renamed
+    step: int
+
+
+def test_a_field_may_be_another_dataclass() -> None:
+    state = Outer(Renamed({1: torch.arange(3)}), 4)
+    found = through(state)
+    assert isinstance(found, Outer) and isinstance(found.inner, Renamed) and found.step == 4
+    assert same(found.inner.worth, state.inner.worth)
+    tensors, node = encode(state)
+    node["fields"]["inner"]["class"] = "elsewhere.Renamed"
+    with pytest.raises(CheckpointError, match=r"holds the state elsewhere\.Renamed"):
+        decode(Outer, tensors, node)

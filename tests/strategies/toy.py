@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from fedpeft import tree
-from fedpeft.strategy import Adjust, Cohort, Fit, Messages, Problem, Strategy
+from fedpeft.cohort.shelf import Shelf
+from fedpeft.strategy import (
+    Adjust,
+    Cohort,
+    Expand,
+    Fit,
+    Messages,
+    Problem,
+    Strategy,
+    addressed,
+)
 from fedpeft.tree import Tree
 
 Arrays = dict[str, np.ndarray]
@@ -44,7 +54,8 @@ def b_of(layer: str) -> str:
 
 @dataclass
 class Toy:
-    """The clients: targets, weights, local steps; their private memory; what they last trained."""
+    """The clients: targets, weights, local steps; what they keep; what they last trained, on what
+    base."""
 
     initial: Tree
     scaling: dict[str, float]
@@ -54,23 +65,35 @@ class Toy:
     lr: float = 0.05
     memory: dict[str, dict[str, Tree]] = field(default_factory=dict)
     trained: dict[str, Tree] = field(default_factory=dict)
+    bases: dict[str, Tree] = field(default_factory=dict)
+    shelf: Shelf = field(default_factory=Shelf)
 
     @property
     def clients(self) -> tuple[str, ...]:
         return tuple(self.targets)
 
     def problem(self, rounds: int = 3, seed: int = 7) -> Problem:
-        return Problem(self.initial, self.scaling, self.clients, rounds, seed)
+        return Problem(self.initial, self.scaling, self.clients, rounds, seed, self.weight)
+
+    def weight(self, layer: str) -> Tensor:
+        """A pretrained weight; the losses do not depend on it."""
+        d_out, _, d_in, _ = LAYERS[layer]
+        draw = torch.Generator().manual_seed(len(layer) + d_in)
+        return torch.randn(d_out, d_in, generator=draw)
 
     def cohort(self, clients: Sequence[str]) -> ToyCohort:
         return ToyCohort(self, clients)
 
-    def errors(self, client: str, adapter: Any) -> Any:
-        """What a client's adapter (torch or numpy) lacks: s B A - M of layers, w - T of others."""
+    def errors(self, client: str, adapter: Any, base: Any = None) -> Any:
+        """What a client's adapter (torch or numpy) lacks: s B A - M of layers, w - T of others.
+
+        base: change of the frozen weights, by layer, in addition.
+        """
         kind = type(next(iter(adapter.values())))
         return {
             name: (
                 self.scaling[name] * adapter[b_of(name)] @ adapter[a_of(name)]
+                + (base[name] if base else 0.0)
                 if name in self.scaling
                 else adapter[name]
             )
@@ -78,10 +101,10 @@ class Toy:
             for name, target in self.targets[client].items()
         }
 
-    def gradient(self, client: str, adapter: Any) -> Any:
+    def gradient(self, client: str, adapter: Any, base: Any = None) -> Any:
         """The gradient of a client's loss, for torch or numpy."""
         found = {}
-        for name, error in self.errors(client, adapter).items():
+        for name, error in self.errors(client, adapter, base).items():
             if name in self.scaling:
                 s, a, b = self.scaling[name], adapter[a_of(name)], adapter[b_of(name)]
                 found[a_of(name)] = s * b.T @ error
@@ -104,8 +127,9 @@ class ToyCohort(Cohort):
         self.initial = toy.initial
         self._toy = toy
 
-    def _whole(self, stacked: Tree, fixed: Tree | None) -> list[Tree]:
+    def _whole(self, stacked: Tree, fixed: Tree | None, expand: Expand | None) -> list[Tree]:
         shared = fixed or {}
+        stacked = stacked if expand is None else expand(stacked)
         assert not stacked.keys() & shared.keys()
         assert stacked.keys() | shared.keys() == self.initial.keys()
         assert all(t.shape[0] == len(self.clients) for t in stacked.values())
@@ -118,20 +142,24 @@ class ToyCohort(Cohort):
         fixed: Tree | None = None,
         adjust: Adjust | None = None,
         own: Mapping[str, Tree] | None = None,
+        expand: Expand | None = None,
+        base: Tree | None = None,
     ) -> Fit:
         toy, now = self._toy, {name: t.clone() for name, t in start.items()}
         steps = torch.tensor([toy.steps[c] for c in self.clients])
         loss = torch.zeros(len(self.clients), dtype=torch.float64)
         for step in range(int(steps.max())):
-            loss += torch.where(step < steps, self.losses(now, fixed=fixed), 0.0)
-            gradient = self.gradients(now, fixed=fixed)
+            losses = self.losses(now, fixed=fixed, expand=expand, base=base)
+            loss += torch.where(step < steps, losses, 0.0)
+            gradient = self.gradients(now, fixed=fixed, expand=expand, base=base)
             if adjust is not None:
                 gradient = self._adjusted(adjust, gradient, now, own or {})
             for name, value in now.items():
                 move = torch.where((step < steps).view(-1, *[1] * (value.dim() - 1)), 1.0, 0.0)
                 value -= toy.lr * (move * gradient[name]).to(value.dtype)
-        for k, whole in enumerate(self._whole(now, fixed)):
+        for k, whole in enumerate(self._whole(now, fixed, expand)):
             toy.trained[self.clients[k]] = {n: t.clone() for n, t in whole.items()}
+            toy.bases[self.clients[k]] = base or {}
         return Fit(now, loss / steps, steps)
 
     def _adjusted(self, adjust: Adjust, gradient: Tree, now: Tree, own: Mapping[str, Tree]) -> Tree:
@@ -145,19 +173,46 @@ class ToyCohort(Cohort):
                 found[name][rows] = value
         return found
 
-    def gradients(self, at: Tree, *, fixed: Tree | None = None) -> Tree:
-        rows = []
-        for client, whole in zip(self.clients, self._whole(at, fixed), strict=True):
-            gradient = self._toy.gradient(client, whole)
-            rows.append({name: gradient[name] for name in at})
-        return tree.stack(rows)
+    def gradients(
+        self,
+        at: Tree,
+        *,
+        fixed: Tree | None = None,
+        expand: Expand | None = None,
+        base: Tree | None = None,
+    ) -> Tree:
+        rows = [
+            self._toy.gradient(client, whole, base)
+            for client, whole in zip(self.clients, self._whole(at, fixed, expand), strict=True)
+        ]
+        outer = tree.stack(rows)
+        if expand is None:
+            return {name: outer[name] for name in at}
+        leaves = {name: value.detach().requires_grad_() for name, value in at.items()}
+        made = expand(leaves)
+        found = torch.autograd.grad(
+            list(made.values()), list(leaves.values()), [outer[name] for name in made]
+        )
+        return dict(zip(leaves, found, strict=True))
 
-    def losses(self, at: Tree, *, fixed: Tree | None = None) -> Tensor:
+    def losses(
+        self,
+        at: Tree,
+        *,
+        fixed: Tree | None = None,
+        expand: Expand | None = None,
+        base: Tree | None = None,
+    ) -> Tensor:
         found = []
-        for client, whole in zip(self.clients, self._whole(at, fixed), strict=True):
-            errors = self._toy.errors(client, whole).values()
+        for client, whole in zip(self.clients, self._whole(at, fixed, expand), strict=True):
+            errors = self._toy.errors(client, whole, base).values()
             found.append(torch.stack([0.5 * e.square().sum() for e in errors]).sum())
         return torch.stack(found)
+
+    def weight_gradients(self, at: Tree, *, fixed: Tree | None = None) -> Tree:
+        rows = zip(self.clients, self._whole(at, fixed, None), strict=True)
+        errors = [self._toy.errors(client, whole) for client, whole in rows]
+        return tree.stack([{n: e[n] for n in self._toy.scaling} for e in errors])
 
     def recall(self, name: str, default: Tree) -> Tree:
         kept = [self._toy.memory.get(c, {}).get(name) for c in self.clients]
@@ -167,6 +222,12 @@ class ToyCohort(Cohort):
         for k, client in enumerate(self.clients):
             own = {n: t.clone() for n, t in tree.row(value, k).items()}
             self._toy.memory.setdefault(client, {})[name] = own
+
+    def keep(self, name: str, version: int, value: Tree) -> None:
+        self._toy.shelf.keep(self.clients, name, version, value)
+
+    def kept(self, name: str, since: int) -> tuple[int, Tree]:
+        return self._toy.shelf.kept(self.clients, name, since)
 
 
 def make(clients: int = 5, dtype: torch.dtype = torch.float64, lora: bool = True) -> Toy:
@@ -202,11 +263,12 @@ def make(clients: int = 5, dtype: torch.dtype = torch.float64, lora: bool = True
 
 @dataclass(frozen=True)
 class Played:
-    """A run: the states before round 1 and after each round, and the messages both ways."""
+    """A run: states before round 1 and after each round, messages both ways, who took part."""
 
     states: list[Any]
     sent: list[Messages]
     replies: list[Messages]
+    present: list[tuple[str, ...]]
 
 
 Present = Callable[[int, tuple[str, ...]], Iterable[str]]
@@ -227,12 +289,16 @@ def play(
     strategy: Strategy[Any], toy: Toy, rounds: int = 3, present: Present = everyone, size: int = 99
 ) -> Played:
     """Runs ``rounds`` rounds, training in stacks of ``size`` clients."""
-    played = Played([strategy.init(toy.problem(rounds))], [], [])
+    played = Played([strategy.init(toy.problem(rounds))], [], [], [])
     for number in range(1, rounds + 1):
-        sent = strategy.send(played.states[-1], number, tuple(present(number, toy.clients)))
-        parts = [strategy.train(p, toy.cohort(p.clients)) for p in sent.split(size)]
+        names = tuple(present(number, toy.clients))
+        stacks = addressed(strategy, played.states[-1], number, names)
+        parts = [
+            strategy.train(p, toy.cohort(p.clients)) for sent in stacks for p in sent.split(size)
+        ]
         played.states.append(strategy.receive(played.states[-1], iter(parts)))
-        played.sent.append(sent)
+        played.sent.extend(stacks)
+        played.present.append(names)
         played.replies.extend(parts)
     return played
 
@@ -247,6 +313,15 @@ def distance(left: Tree, right: Tree) -> float:
     tree.check_same(left, right)
     most = max(float((left[n].double() - right[n].double()).abs().max()) for n in left)
     return most / max(float(t.double().abs().max()) for t in right.values())
+
+
+def meaning(toy: Toy, adapter: Tree, base: Tree) -> Tree:
+    """What an adapter on a changed base does: dense updates of layers, other tensors themselves."""
+    found = tree.select(adapter, lambda name: ".lora_" not in name)
+    for layer in toy.scaling:
+        update = toy.update(adapter, layer)
+        found[layer] = update + base[layer] if layer in base else update
+    return tree.sort(found)
 
 
 def equal(left: Tree, right: Tree) -> bool:

@@ -1,0 +1,93 @@
+"""Clients of unequal LoRA ranks: who has which, and how a lower rank runs in a model of rank r.
+
+A client of rank q trains, sends and receives the first q rows of A and columns of B, and nothing
+else: the rest does not exist for it. Inside the model, whose adapter has rank r, they are zeros,
+which is exact: with the same s = alpha / r for everybody, W + s B A is the client's own model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from torch.nn.functional import pad
+
+from fedpeft.errors import FedpeftError
+from fedpeft.lowrank import is_a, is_b
+from fedpeft.message import Messages, Replies
+from fedpeft.strategy import Problem
+from fedpeft.streams import numpy_stream
+from fedpeft.tree import Tree
+
+
+def full_rank(initial: Tree) -> int:
+    """The largest rank of the model's LoRA layers."""
+    return max(len(value) for name, value in initial.items() if is_a(name))
+
+
+def assign(problem: Problem, ranks: Sequence[int], of_client: Mapping[str, int]) -> dict[str, int]:
+    """Each client's rank: as ``of_client`` says, else drawn from ``ranks`` by the run's seed.
+
+    Every rank in the list goes to the same number of clients, up to one; a rank that is listed
+    twice to twice as many. Both empty: everybody has the full rank. Raises FedpeftError for a rank
+    outside [1, r] and for clients that do not exist.
+    """
+    full, names = full_rank(problem.initial), sorted(problem.clients)
+    unknown = sorted(set(of_client) - set(names))
+    if unknown:
+        raise FedpeftError(
+            f"strategy.client_ranks names {unknown[0]!r}, which is no client: the clients are "
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
+        )
+    for rank in (*ranks, *of_client.values()):
+        if not 1 <= rank <= full:
+            raise FedpeftError(
+                f"strategy.ranks has {rank}, but ranks lie between 1 and adapter.r={full}: the "
+                f"model must hold the largest. Raise adapter.r, or lower the rank."
+            )
+    others = [name for name in names if name not in of_client]
+    order = numpy_stream(problem.seed, "ranks").permutation(len(others))
+    each = list(ranks) or [full]
+    drawn = {others[k]: each[i % len(each)] for i, k in enumerate(order.tolist())}
+    return drawn | dict(of_client)
+
+
+def lead(adapter: Tree, rank: int, dim: int = 0) -> Tree:
+    """The first ``rank`` rows of A and columns of B, as views; other tensors as they are.
+
+    dim: how many leading dimensions come before (1 for stacked trees).
+    """
+    found = {}
+    for name, value in adapter.items():
+        if is_a(name):
+            value = value.narrow(dim, 0, min(rank, value.shape[dim]))
+        elif is_b(name):
+            value = value.narrow(dim + 1, 0, min(rank, value.shape[dim + 1]))
+        found[name] = value
+    return found
+
+
+def widen(like: Tree) -> Callable[[Tree], Tree]:
+    """``Cohort.fit``'s ``expand`` for clients of lower rank: zeros up to the shapes of ``like``.
+
+    like: the model's own tensors, unstacked. Works on any stacked tree; differentiable.
+    """
+
+    def expand(trained: Tree) -> Tree:
+        found = {}
+        for name, value in trained.items():
+            if is_a(name):
+                value = pad(value, (0, 0, 0, len(like[name]) - value.shape[1]))
+            elif is_b(name):
+                value = pad(value, (0, like[name].shape[1] - value.shape[2]))
+            found[name] = value
+        return found
+
+    return expand
+
+
+def padded(replies: Replies, tree: str, like: Tree) -> Iterator[Messages]:
+    """Replies of unequal ranks with their factors widened to ``like``'s, so that they stack."""
+    expand = widen(like)
+    for reply in replies:
+        wide = {**reply.trees, tree: expand(reply.trees[tree])}
+        yield Messages(reply.clients, wide, reply.scalars, reply.blobs)
