@@ -126,3 +126,19 @@ def weighted_mean(replies: Replies, tree: str, weight: str = "weight") -> Tree:
     Sums run in float64 and are cast once. Raises ValueError when no reply has weight.
     """
     return trees_.mean((r.trees[tree], r.scalars[weight]) for r in replies)
+
+
+def gather(replies: Replies, tree: str, weight: str = "weight") -> tuple[Tree, Tensor]:
+    """Every reply's tree as one stack ``[K, *shape]``, and p ``[K]`` (float64, of sum 1).
+
+    For rules that need each client's own tensors: memory is that of all K. Raises ValueError when
+    no reply has weight.
+    """
+    stacks = [(r.trees[tree], r.scalars[weight]) for r in replies]
+    found = {name: torch.cat([own[name] for own, _ in stacks]) for name in stacks[0][0]}
+    weights = torch.cat([own for _, own in stacks]).double()
+    if not bool(weights.sum() > 0):
+        raise ValueError(
+            f"the mean of no clients is undefined: total weight {float(weights.sum())}"
+        )
+    return found, weights / weights.sum()
