@@ -30,9 +30,10 @@ def oracle(toy: Toy, rounds: int, present: Present, lr: float) -> tuple[Arrays, 
         names = list(present(t, toy.clients))
         p, ends, changes = shares(toy, names), [], []
         for k in names:
+            drift = {n: c[n] - own[k][n] for n in x}
 
-            def corrected(g: Arrays, k: str = k, c: Arrays = c) -> Arrays:
-                return {n: g[n] - own[k][n] + c[n] for n in g}
+            def corrected(g: Arrays, drift: Arrays = drift) -> Arrays:
+                return {n: g[n] + drift[n] for n in g}
 
             y = sgd(toy, k, x, change=corrected)
             span = toy.steps[k] * toy.lr
@@ -83,9 +84,7 @@ def test_unequal_steps_do_not_move_its_fixed_point() -> None:
         toy = make(lora=False)
         adapter = strategy.adapter(play(strategy, toy, 250).states[-1])
         best = average([arrays(toy.targets[k]) for k in toy.clients], shares(toy, toy.clients))
-        apart = max(
-            abs(adapter[n].numpy() - v).max() for n, v in best.items() if "classifier" in n
-        )
+        apart = max(abs(adapter[n].numpy() - v).max() for n, v in best.items() if "classifier" in n)
         assert apart < 1e-6 if exact else apart > 1e-2
 
 
