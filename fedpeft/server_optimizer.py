@@ -45,25 +45,24 @@ def start(initial: Tree, lr: float, tau: float, betas: Sequence[float]) -> State
     return State(initial, zero, {name: tensor + tau**2 for name, tensor in zero.items()})
 
 
-def mean_move(adapter: Tree, replies: Replies) -> Tree:
-    """D = sum_k p_k w_k - w over the replies' trees ``adapter``, float64."""
-    mean = weighted_mean(replies, "adapter")
-    return {name: mean[name].double() - tensor.double() for name, tensor in adapter.items()}
-
-
 def adaptive_step(
     state: State,
-    move: Tree,
+    replies: Replies,
     second: Callable[[Tensor, Tensor], Tensor],
     beta1: float,
     lr: float,
     tau: float,
 ) -> State:
-    """The state after a move D; ``second`` maps v and D of a tensor to the new v."""
+    """The state after a round, by the replies' trees ``adapter`` and their scalars ``weight``.
+
+    second: from v and D of a tensor, float64, the new v.
+    """
+    mean = weighted_mean(replies, "adapter")
     adapter, m, v = {}, {}, {}
-    for name, d in move.items():
-        m[name] = beta1 * state.first[name] + (1 - beta1) * d
-        v[name] = second(state.second[name], d)
+    for name, before in state.adapter.items():
+        move = mean[name].double() - before.double()
+        m[name] = beta1 * state.first[name] + (1 - beta1) * move
+        v[name] = second(state.second[name], move)
         step = lr * m[name] / (v[name].sqrt() + tau)
-        adapter[name] = (state.adapter[name].double() + step).to(state.adapter[name].dtype)
+        adapter[name] = (before.double() + step).to(before.dtype)
     return State(adapter, m, v)

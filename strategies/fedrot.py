@@ -3,8 +3,8 @@
 FedRot-LoRA, ICML 2026 (arXiv 2602.23638). B A = (B R)(R^T A) for every rotation R, so clients agree
 on R without changing their updates: R* = argmin over SO(r) of ||R^T A_k - A|| in one round, of
 ||B_k R - B|| in the next, by Procrustes, and R is the rotation nearest to (1 - soft) I + soft R*.
-The server averages R^T A_k and B_k R as FedAvg does. Round 1, where all of the global B is zero,
-aligns nothing; nor does a layer whose B is still zero when it is B's turn.
+The server averages R^T A_k and B_k R as FedAvg does. In round 1, where all of the global B is zero,
+nothing turns; nor does a layer whose B is still zero when it is B's turn.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class FedRot(Strategy[State]):
         then, round = messages.trees["adapter"], int(messages.scalars["round"][0])
         fit = cohort.fit(then)
         sent = dict(fit.adapter)
-        if round > 1 and self.soft > 0:
+        if self.soft > 0:
             for name_a, name_b in lora_pairs(cohort.initial, "fedrot").values():
                 a, b = sent[name_a].double(), sent[name_b].double()
                 by_a = then[name_a].double() @ a.mT

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedpeft.server_optimizer import State, adaptive_step, mean_move, start
+from fedpeft.server_optimizer import State, adaptive_step, start
 from fedpeft.strategy import Cohort, Messages, Problem, Replies, Strategy
 from fedpeft.tree import Tree
 
@@ -47,8 +47,7 @@ class FedYogi(Strategy[State]):
         return messages.reply({"adapter": fit.adapter}, weight=cohort.weights, loss=fit.loss)
 
     def receive(self, state: State, replies: Replies) -> State:
-        move = mean_move(state.adapter, replies)
-        return adaptive_step(state, move, self._second, self.beta1, self.lr, self.tau)
+        return adaptive_step(state, replies, self._second, self.beta1, self.lr, self.tau)
 
     def adapter(self, state: State) -> Tree:
         return state.adapter
