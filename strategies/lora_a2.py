@@ -78,7 +78,7 @@ class LoraA2(Strategy[State]):
         fit = cohort.fit(start, fixed=fixed, adjust=masked, own={"masks": masks})
         move = sub(fit.adapter, start)
         ranks = {"index": index.int(), "move": as_rows(select(move, _lora)).gather(1, where)}
-        reply = {_letter(x): ranks, "heads": {name: move[name] for name in heads}}
+        reply = {_letter(x): ranks | {name: move[name] for name in heads}}
         return messages.reply(reply, weight=cohort.weights, loss=fit.loss)
 
     def receive(self, state: State, replies: Replies) -> State:
@@ -95,7 +95,7 @@ class LoraA2(Strategy[State]):
         move = table.new_zeros(min(self.rank * len(x), len(table)), table.shape[1])
         ranks = {"index": torch.zeros(len(move), dtype=torch.int32), "move": move}
         heads = select(sent.trees["trained"], lambda name: not _lora(name))
-        return {_letter(x): ranks, "heads": heads}
+        return {_letter(x): ranks | heads}
 
     def personal(self, messages: Messages, cohort: Cohort) -> Tree:
         return sort({**messages.trees["trained"], **messages.trees["frozen"]})
@@ -108,7 +108,8 @@ class LoraA2(Strategy[State]):
         index = ranks["index"].long().clamp(0, len(table) - 1)  # whatever a client may claim
         where = index[:, :, None].expand(-1, -1, table.shape[1])
         empty = ranks["move"].new_zeros(len(reply), *table.shape)
-        return from_rows(empty.scatter(1, where, ranks["move"]), x) | reply.trees["heads"]
+        heads = {name: own for name, own in ranks.items() if name in state.adapter}
+        return from_rows(empty.scatter(1, where, ranks["move"]), x) | heads
 
 
 def scores(gradient: Tree, fixed: Tree, scaling: Mapping[str, float]) -> Tensor:

@@ -116,11 +116,14 @@ def test_what_was_not_chosen_stays_as_sent_whatever_the_optimizer_does() -> None
 def test_a_reply_holds_the_chosen_ranks_and_their_numbers() -> None:
     toy = make()
     played = play(LoraA2(1), toy, 2)
-    for reply, letter, width in zip(played.replies, "BA", (4, 5), strict=True):
-        assert reply.trees.keys() == {letter, "heads"}
+    wide = [max(sizes) for sizes in zip(*((o, i) for o, _, i, _ in LAYERS.values()), strict=True)]
+    heads = {n for n in toy.initial if "lora_" not in n}
+    for reply, letter, width in zip(played.replies, "BA", wide, strict=True):
+        assert reply.trees.keys() == {letter}
+        assert reply.trees[letter].keys() == {"index", "move"} | heads
         ranks = reply.trees[letter]
-        assert ranks["index"].shape == (5, 3) and ranks["index"].dtype == torch.int32
-        assert ranks["move"].shape == (5, 3, width)
+        assert ranks["index"].shape == (5, len(LAYERS)) and ranks["index"].dtype == torch.int32
+        assert ranks["move"].shape == (5, len(LAYERS), width)
         assert bool((ranks["index"].diff(dim=1) > 0).all()), "each once, in order"
     assert len({tuple(own.tolist()) for own in played.replies[0].trees["B"]["index"]}) > 1
 
