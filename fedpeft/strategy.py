@@ -215,6 +215,8 @@ class Strategy(ABC, Generic[S]):
     folds: the frozen base changes; ``base`` and ``followed`` say how.
     linear: ``receive`` reads replies only through means of their trees and scalars weighted by the
     scalar ``weight``; so replies may be averaged in parts, each part with its total weight.
+    averages: what a lone client trained is the state after the round; without it the server takes
+    a step of its own (a server optimizer, a merge of task vectors).
     """
 
     pools: ClassVar[bool] = False
@@ -224,6 +226,7 @@ class Strategy(ABC, Generic[S]):
     linear: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
     folds: ClassVar[bool] = False
+    averages: ClassVar[bool] = True
 
     @abstractmethod
     def init(self, problem: Problem) -> S:

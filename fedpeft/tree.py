@@ -220,10 +220,13 @@ class RunningMean:
         self._weight += float(weights.double().sum())
 
     def result(self) -> Tree:
-        """The mean in the dtype of what was added. Raises ValueError if nothing has weight."""
+        """The mean in the dtype of what was added, on the CPU, where a strategy's state is.
+
+        Raises ValueError if nothing has weight.
+        """
         if self._sum is None or not self._weight > 0:
             raise ValueError(f"the mean of no clients is undefined: total weight {self._weight}")
-        return {n: (s / self._weight).to(self._like[n].dtype) for n, s in self._sum.items()}
+        return {n: (s / self._weight).to(self._like[n].dtype).cpu() for n, s in self._sum.items()}
 
 
 def mean(stacks: Iterable[tuple[Tree, Tensor]]) -> Tree:

@@ -153,7 +153,8 @@ class ToyCohort(Cohort):
             loss += torch.where(step < steps, losses, 0.0)
             gradient = self.gradients(now, fixed=fixed, expand=expand, base=base)
             if adjust is not None:
-                gradient = self._adjusted(adjust, gradient, now, own or {})
+                active = torch.nonzero(step < steps)[:, 0].tolist()
+                gradient = self._adjusted(adjust, gradient, now, own or {}, active)
             for name, value in now.items():
                 move = torch.where((step < steps).view(-1, *[1] * (value.dim() - 1)), 1.0, 0.0)
                 value -= toy.lr * (move * gradient[name]).to(value.dtype)
@@ -162,11 +163,18 @@ class ToyCohort(Cohort):
             toy.bases[self.clients[k]] = base or {}
         return Fit(now, loss / steps, steps)
 
-    def _adjusted(self, adjust: Adjust, gradient: Tree, now: Tree, own: Mapping[str, Tree]) -> Tree:
-        """``adjust`` on two clients at a time, in reverse: rows in flight are not the cohort's."""
-        found = {name: torch.full_like(g, torch.nan) for name, g in gradient.items()}
-        for last in range(len(self.clients), 0, -2):
-            rows = list(range(last - 1, max(last - 3, -1), -1))
+    def _adjusted(
+        self,
+        adjust: Adjust,
+        gradient: Tree,
+        now: Tree,
+        own: Mapping[str, Tree],
+        active: Sequence[int],
+    ) -> Tree:
+        """``adjust`` on two clients at a time that still step, in reverse: not all the cohort's."""
+        found = {name: torch.zeros_like(g) for name, g in gradient.items()}
+        for last in range(len(active), 0, -2):
+            rows = list(reversed(active[max(last - 2, 0) : last]))
             trees = [tree.rows(t, rows) for t in (gradient, now, *own.values())]
             changed = adjust(trees[0], trees[1], dict(zip(own, trees[2:], strict=True)))
             for name, value in changed.items():
