@@ -113,7 +113,7 @@ def _lora_forward(module: LoraLayer, own: Tree, clients: int) -> Forward:
         folded = dropout(x).reshape(clients, -1, x.shape[-1])  # [K, b*T, i]
         inner = linear(folded, down) if down.ndim == 2 else folded @ down.mT
         wide = up.expand(clients, *up.shape) if up.ndim == 2 else up
-        flat = base.reshape(clients, -1, base.shape[-1])  # [K, b*T, o]
+        flat: Tensor = base.reshape(clients, -1, base.shape[-1])  # [K, b*T, o]
         flat.baddbmm_(inner.to(flat.dtype), wide.mT.to(flat.dtype), alpha=scale)
         return flat.view(base.shape)
 

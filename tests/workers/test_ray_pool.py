@@ -64,7 +64,8 @@ def left_behind() -> list[str]:
         for child in psutil.Process().children(recursive=True)
         if child.status() != psutil.STATUS_ZOMBIE
     ]
-    alive = [t.name for t in threading.enumerate() if not t.daemon]
+    own = set(threading.enumerate()) - BEFORE
+    alive = [t.name for t in own if not t.daemon]
     return children + [name for name in alive if name != threading.main_thread().name]
 
 
