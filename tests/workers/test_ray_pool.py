@@ -57,6 +57,16 @@ def recipe(files: Path, workers: int, out: str = "run", **strategy: Any) -> Reci
     )
 
 
+BEFORE: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    """Threads that other tests left (torch.compile keeps some) are not what is looked for."""
+    BEFORE.clear()
+    BEFORE.update(threading.enumerate())
+
+
 def left_behind() -> list[str]:
     """Processes that still run, and threads that would keep this one alive."""
     children = [
