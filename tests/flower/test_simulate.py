@@ -28,6 +28,16 @@ from tests.tiny import IA3, LORA, tiny_recipe, write_tiny
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
+BEFORE: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    """Threads that other tests left (torch.compile keeps some) are not what is looked for."""
+    BEFORE.clear()
+    BEFORE.update(threading.enumerate())
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The tiny model and data; the actors' cache of them too."""
@@ -44,7 +54,8 @@ def left_behind() -> list[str]:
         for child in psutil.Process().children(recursive=True)
         if child.status() != psutil.STATUS_ZOMBIE
     ]
-    alive = [t.name for t in threading.enumerate() if not t.daemon]
+    own = set(threading.enumerate()) - BEFORE
+    alive = [t.name for t in own if not t.daemon]
     return children + [name for name in alive if name != threading.main_thread().name]
 
 

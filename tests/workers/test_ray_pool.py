@@ -57,6 +57,16 @@ def recipe(files: Path, workers: int, out: str = "run", **strategy: Any) -> Reci
     )
 
 
+BEFORE: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    """Threads that other tests left (torch.compile keeps some) are not what is looked for."""
+    BEFORE.clear()
+    BEFORE.update(threading.enumerate())
+
+
 def left_behind() -> list[str]:
     """Processes that still run, and threads that would keep this one alive."""
     children = [
@@ -64,7 +74,8 @@ def left_behind() -> list[str]:
         for child in psutil.Process().children(recursive=True)
         if child.status() != psutil.STATUS_ZOMBIE
     ]
-    alive = [t.name for t in threading.enumerate() if not t.daemon]
+    own = set(threading.enumerate()) - BEFORE
+    alive = [t.name for t in own if not t.daemon]
     return children + [name for name in alive if name != threading.main_thread().name]
 
 
