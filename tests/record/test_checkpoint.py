@@ -176,15 +176,6 @@ def test_a_run_without_checkpoints_says_so(tmp_path: Path, there: bool) -> None:
         latest(folder, State)
 
 
-def test_a_tree_that_clients_share_is_written_once(tmp_path: Path) -> None:
-    common = {"x": torch.rand(1000)}
-    memory = {f"c{k}": {"kept": common, "own": {"x": torch.tensor(k)}} for k in range(9)}
-    path = save(tmp_path, Checkpoint(1, State({}), memory, {}), keep=1)
-    assert sum(f.stat().st_size for f in path.glob("*.safetensors")) < 2 * 4000
-    for k, back in enumerate(latest(tmp_path, State)[0].memory.values()):
-        assert torch.equal(back["kept"]["x"], common["x"]) and int(back["own"]["x"]) == k
-
-
 def test_a_checkpoint_of_another_strategy_is_refused(tmp_path: Path) -> None:
     save(tmp_path, content(1), keep=1)
     with pytest.raises(CheckpointError, match=r"holds the state .*State, this run's is .*Other"):
