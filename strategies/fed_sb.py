@@ -44,7 +44,6 @@ class FedSB(Strategy[State]):
     """R <- sum_k p_k R_k. first_step: eta_1; 0 takes the subspaces of D alone, with R_0 = 0."""
 
     exact: ClassVar[bool] = True
-    linear: ClassVar[bool] = True
     keeps: ClassVar[bool] = True
 
     start: Literal["random", "weights", "gradients_unprotected"] = "random"
