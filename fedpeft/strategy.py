@@ -261,6 +261,8 @@ class Strategy(ABC, Generic[S]):
     updates, ``dW = sum_k p_k dW_k``; without it the mean of factors or something else.
     linear: ``receive`` reads replies only through means of their trees and scalars weighted by the
     scalar ``weight``; so replies may be averaged in parts, each part with its total weight.
+    averages: what a lone client trained is the state after the round; without it the server takes
+    a step of its own (a server optimizer, a merge of task vectors).
     """
 
     pools: ClassVar[bool] = False
@@ -268,6 +270,7 @@ class Strategy(ABC, Generic[S]):
     shares: ClassVar[bool] = True
     exact: ClassVar[bool] = False
     linear: ClassVar[bool] = False
+    averages: ClassVar[bool] = True
 
     @abstractmethod
     def init(self, problem: Problem) -> S:
