@@ -18,15 +18,17 @@ from fedpeft.conformance.play import (
     Played,
     equal,
     gap,
-    meaning,
     message_bits,
     outcome,
     play,
     require_close,
+    sent_to,
     some,
+    stands_for,
     state_bits,
     toy_for,
     turn,
+    used_by,
 )
 from fedpeft.conformance.toy import Toy
 from fedpeft.strategy import Messages, Strategy
@@ -107,8 +109,8 @@ def every_reply_counts(strategy: Strategy[Any]) -> str:
 def _global(strategy: Strategy[Any], played: Played, toy: Toy) -> Tree:
     """What clients get from each other: the global adapter; without one, what the server sends."""
     if strategy.shares:
-        return meaning(toy, strategy.adapter(played.states[-1]))
-    sent = strategy.send(played.states[-1], len(played.states), toy.clients)
+        return stands_for(strategy, toy, played.states[-1])
+    (sent,) = sent_to(strategy, played.states[-1], len(played.states), toy.clients)
     return {f"{part} {n}": x for part, own in sent.trees.items() for n, x in own.items()}
 
 
@@ -144,9 +146,9 @@ def a_client_that_was_away_is_not_forgotten(strategy: Strategy[Any]) -> str:
     toy = toy_for(strategy)
     known, new = toy.clients[0], toy.clients[-1]
     played = play(strategy, toy, 1, lambda _, clients: clients[:3])
-    own = _apart(strategy.send(played.states[-1], 2, (known, new)))
+    own = _apart(strategy, played, known, new)
     turn(strategy, toy, played, toy.clients[1:4])
-    still = _apart(strategy.send(played.states[-1], 3, (known, new)))
+    still = _apart(strategy, played, known, new)
     lost = [name for name, apart in own.items() if apart and not still.get(name, True)]
     require(not lost, f"a client that was away gets what a new one gets: {lost[:2]}")
     turn(strategy, toy, played, toy.clients)
@@ -155,12 +157,16 @@ def a_client_that_was_away_is_not_forgotten(strategy: Strategy[Any]) -> str:
     return f"{sum(own.values())} tensors or scalars of its own"
 
 
-def _apart(sent: Messages) -> dict[str, bool]:
-    """Tensor or scalar -> whether a message to two clients differs there."""
-    parts: dict[str, Tensor] = {
-        f"{part}/{n}": value for part, own in sent.trees.items() for n, value in own.items()
-    }
-    return {name: not torch.equal(x[0], x[1]) for name, x in {**parts, **sent.scalars}.items()}
+def _apart(strategy: Strategy[Any], played: Played, one: str, two: str) -> dict[str, bool]:
+    """Tensor or scalar of the next messages -> whether these two clients get another one."""
+    held: dict[str, dict[str, Tensor]] = {}
+    for sent in sent_to(strategy, played.states[-1], len(played.states), (one, two)):
+        for k, client in enumerate(sent.clients):
+            own = {f"{p}/{n}": x[k] for p, t in sent.trees.items() for n, x in t.items()}
+            held[client] = own | {name: x[k] for name, x in sent.scalars.items()}
+    left, right = held[one], held[two]
+    both = left.keys() & right.keys()
+    return {n: n not in both or not torch.equal(left[n], right[n]) for n in {*left, *right}}
 
 
 def nothing_of_one_client_reaches_another(strategy: Strategy[Any]) -> str:
@@ -169,7 +175,7 @@ def nothing_of_one_client_reaches_another(strategy: Strategy[Any]) -> str:
     And its own loss is NaN, so it is its own.
     """
     clean = toy_for(strategy)
-    sent = strategy.send(strategy.init(clean.problem()), 1, clean.clients)
+    (sent,) = sent_to(strategy, strategy.init(clean.problem()), 1, clean.clients)
     one = strategy.train(sent, clean.cohort(clean.clients))
     for bad, client in enumerate(clean.clients):
         toy = toy_for(strategy)
@@ -200,7 +206,7 @@ def private_memory_is_its_owners_alone(strategy: Strategy[Any]) -> str:
         raise NotApplicable("clients keep no memory")
     toy = toy_for(strategy)
     state = play(strategy, toy, rounds=1).states[-1]
-    sent = strategy.send(state, 2, toy.clients)
+    (sent,) = sent_to(strategy, state, 2, toy.clients)
     wanted = strategy.personal(sent, toy.cohort(toy.clients))
     memory = {client: dict(own) for client, own in toy.memory.items()}
     one = strategy.train(sent, toy.cohort(toy.clients))
@@ -261,14 +267,10 @@ def personal_adapters_are_complete(strategy: Strategy[Any]) -> str:
     toys[-1].targets = {c: tree.scale(own, -0.5) for c, own in toys[-1].targets.items()}
     for toy in toys:
         state = play(strategy, toy, rounds=2, present=some).states[-1]
-        sent = strategy.send(state, 3, toy.clients)
-        own = strategy.personal(sent, toy.cohort(toy.clients))
-        for k, client in enumerate(toy.clients):
-            mine = tree.row(own, k)
-            tree.check_same(toy.initial, mine, f"the model and the adapter of {client}")
+        for client, mine in used_by(strategy, toy, state, 3).items():
             if toy is not toys[0] and not strategy.remembers:
-                wanted = meaning(toy, strategy.adapter(state))
-                require_close(meaning(toy, mine), wanted, ROUNDING, f"{client} and the global one")
+                wanted = stands_for(strategy, toy, state)
+                require_close(mine, wanted, ROUNDING, f"{client} and the global one")
     return "clients have their own" if strategy.remembers else "the global adapter for all"
 
 

@@ -21,6 +21,7 @@ from fedpeft.conformance.play import (
     Played,
     message_bits,
     play,
+    sent_to,
     some,
     state_bits,
     toy_for,
@@ -37,11 +38,12 @@ from fedpeft.validate import check_stack
 def states_are_frozen_data(strategy: Strategy[Any]) -> str:
     """Strategy and state are frozen dataclasses; a checkpoint can hold every state."""
     for value in (strategy, strategy.init(toy_for(strategy).problem())):
-        name, frozen = type(value).__name__, False
-        if dataclasses.is_dataclass(value):
-            frozen = value.__dataclass_params__.frozen  # type: ignore[attr-defined]
-        require(frozen, f"{name} is not a frozen dataclass")
-    require(dataclasses.replace(strategy) == strategy, "equal settings do not compare as equal")  # type: ignore[type-var]
+        params: Any = vars(type(value)).get("__dataclass_params__")
+        frozen = params is not None and params.frozen
+        require(frozen, f"{type(value).__name__} is not a frozen dataclass")
+    own: Any = strategy
+    settings = {f.name: vars(strategy)[f.name] for f in dataclasses.fields(own)}
+    require(type(strategy)(**settings) == strategy, "equal settings do not compare as equal")
     states = play(strategy, toy_for(strategy), present=some).states
     kinds = {type(state).__name__ for state in states}
     require(len(kinds) == 1, f"the state changes its class: {sorted(kinds)}")
@@ -73,12 +75,14 @@ def messages_are_stacked(strategy: Strategy[Any]) -> str:
     """
     toy = toy_for(strategy, torch.float32)
     played = play(strategy, toy, present=some)
+    asked = [client for number in (1, 2, 3) for client in some(number, toy.clients)]
+    told = [client for sent in played.sent for client in sent.clients]
+    require(sorted(told) == sorted(asked), f"messages go to {told}, not to {asked}")
     for number, (sent, reply) in enumerate(zip(played.sent, played.replies, strict=True), 1):
-        asked = tuple(some(number, toy.clients))
-        for what, one in (("message", sent), ("reply", reply)):
-            where = f"{what} of round {number}"
-            require(one.clients == asked, f"{where} has clients {one.clients}, not {asked}")
-            _stacked(where, one)
+        same = reply.clients == sent.clients
+        require(same, f"reply {number} has clients {reply.clients}, not {sent.clients}")
+        _stacked(f"message {number}", sent)
+        _stacked(f"reply {number}", reply)
     parts = {*played.sent[0].trees} | {*played.replies[0].trees}
     return f"trees {', '.join(sorted(parts)) or '(none)'}"
 
@@ -139,7 +143,7 @@ def nothing_given_is_written_to(strategy: Strategy[Any]) -> str:
     kept = {name: value.clone() for name, value in toy.initial.items()}
     for number in (1, 2, 3):
         before = state_bits(state)
-        sent = strategy.send(state, number, toy.clients)
+        (sent,) = sent_to(strategy, state, number, toy.clients)
         sent_before, cohort = message_bits(sent), toy.cohort(toy.clients)
         strategy.personal(sent, cohort)
         reply = strategy.train(sent, cohort)

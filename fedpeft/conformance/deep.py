@@ -20,7 +20,7 @@ from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.lanes import FoldLane, Lane, LoopLane
 from fedpeft.config import Local
 from fedpeft.conformance.finding import Property, require
-from fedpeft.conformance.play import require_close
+from fedpeft.conformance.play import require_close, sent_to
 from fedpeft.data.clients import ClientData, Task
 from fedpeft.data.examples import Examples, flatten
 from fedpeft.local import Progress, Trainer
@@ -98,33 +98,31 @@ def _network(task: Task) -> Network:
 
 
 def _encoder() -> nn.Module:
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=WORDS,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=16,
-            num_labels=CLASSES,
-            pad_token_id=PAD,
-        )
+    config = BertConfig(
+        vocab_size=WORDS,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        pad_token_id=PAD,
     )
+    config.num_labels = CLASSES
+    return BertForSequenceClassification(config)
 
 
 def _decoder() -> nn.Module:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=WORDS,
-            n_embd=16,
-            n_layer=1,
-            n_head=2,
-            n_positions=16,
-            pad_token_id=PAD,
-            bos_token_id=1,
-            eos_token_id=1,
-        )
+    config = GPT2Config(
+        vocab_size=WORDS,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=16,
+        pad_token_id=PAD,
+        bos_token_id=1,
+        eos_token_id=1,
     )
+    return GPT2LMHeadModel(config)
 
 
 def _examples(task: Task) -> Examples:
@@ -140,17 +138,19 @@ def _batched_is_sequential(strategy: Strategy[Any], task: Task) -> str:
     state, most = strategy.init(loop.problem), 0.0
     tree.check_same(fold.network.initial, strategy.adapter(state), "the model and adapter(state)")
     for number in range(1, ROUNDS + 1):
-        sent = strategy.send(state, number, loop.problem.clients)
-        one = fold.train(strategy, number, sent, len(sent))
-        two = loop.train(strategy, number, sent, 1)
-        for part, own in two.trees.items():
-            what = f"round {number}, tree {part!r}, batched and one by one"
-            most = max(most, require_close(one.trees[part], own, LANES, what))
+        replies = []
+        for sent in sent_to(strategy, state, number, loop.problem.clients):
+            one = fold.train(strategy, number, sent, len(sent))
+            two = loop.train(strategy, number, sent, 1)
+            for part, own in two.trees.items():
+                what = f"round {number}, tree {part!r}, batched and one by one"
+                most = max(most, require_close(one.trees[part], own, LANES, what))
+            replies.append(two)
         for client, kept in loop.memory.items():
             for name, own in kept.items():
                 what = f"round {number}, memory {name!r} of {client}, batched and one by one"
                 most = max(most, require_close(fold.memory[client][name], own, LANES, what))
-        state = strategy.receive(state, iter([two]))
+        state = strategy.receive(state, iter(replies))
         fold.memory = {c: dict(own) for c, own in loop.memory.items()}
     for federation in (fold, loop):
         require(federation.frozen() == base, "the frozen base model changed")

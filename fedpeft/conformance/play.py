@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,11 +63,18 @@ def turn(
     strategy: Strategy[Any], toy: Toy, played: Played, clients: tuple[str, ...], size: int = 99
 ) -> None:
     """One more round of ``played``, with these clients."""
-    sent = strategy.send(played.states[-1], len(played.states), clients)
-    parts = [strategy.train(p, toy.cohort(p.clients)) for p in sent.split(size)]
+    stacks = sent_to(strategy, played.states[-1], len(played.states), clients)
+    parts = [strategy.train(p, toy.cohort(p.clients)) for sent in stacks for p in sent.split(size)]
     played.states.append(strategy.receive(played.states[-1], iter(parts)))
-    played.sent.append(sent)
+    played.sent.extend(stacks)
     played.replies.extend(parts)
+
+
+def sent_to(
+    strategy: Strategy[Any], state: Any, number: int, clients: Sequence[str]
+) -> list[Messages]:
+    """What is sent to these clients in a round, stack by stack."""
+    return [strategy.send(state, number, clients)]
 
 
 def toy_for(strategy: Strategy[Any], dtype: torch.dtype = torch.float64) -> Toy:
@@ -100,13 +108,37 @@ def meaning(toy: Toy, adapter: Tree) -> Tree:
     return found | tree.select(adapter, lambda name: ".lora_" not in name)
 
 
+def stands_for(strategy: Strategy[Any], toy: Toy, state: Any) -> Tree:
+    """The meaning of the global adapter."""
+    return meaning(toy, strategy.adapter(state))
+
+
+def trained_by(toy: Toy, client: str) -> Tree:
+    """The meaning of what a client last trained."""
+    return meaning(toy, toy.trained[client])
+
+
+def used_by(strategy: Strategy[Any], toy: Toy, state: Any, number: int) -> dict[str, Tree]:
+    """The meaning of what every client would use in a round: client -> tree.
+
+    Raises ValueError where a client's adapter has not the model's names, shapes and dtypes.
+    """
+    found = {}
+    for sent in sent_to(strategy, state, number, toy.clients):
+        own = strategy.personal(sent, toy.cohort(sent.clients))
+        for k, client in enumerate(sent.clients):
+            mine = tree.row(own, k)
+            tree.check_same(toy.initial, mine, f"the model and the adapter of {client}")
+            found[client] = meaning(toy, mine)
+    return found
+
+
 def outcome(strategy: Strategy[Any], played: Played, toy: Toy) -> Tree:
     """What a run leaves: the meaning of the global adapter and of everybody's own."""
     state, number = played.states[-1], len(played.states)
-    whole = meaning(toy, strategy.adapter(state))
-    own = strategy.personal(strategy.send(state, number, toy.clients), toy.cohort(toy.clients))
-    for k, client in enumerate(toy.clients):
-        whole |= {f"{n} of {client}": t for n, t in meaning(toy, tree.row(own, k)).items()}
+    whole = stands_for(strategy, toy, state)
+    for client, own in sorted(used_by(strategy, toy, state, number).items()):
+        whole |= {f"{n} of {client}": t for n, t in own.items()}
     return whole
 
 
@@ -132,6 +164,25 @@ def require_close(left: Tree, right: Tree, bound: float, what: str) -> float:
     size, name = gap(left, right)
     require(size <= bound, f"{what}: {name} differs by {size:.1e} (at most {bound:.0e})")
     return size
+
+
+def numbers(value: Any, at: str = "state") -> Tree:
+    """All tensors and numbers of a state, under their place in it; numbers as float64."""
+    if isinstance(value, Tensor):
+        return {at: value}
+    if isinstance(value, bool | int | float):
+        return {at: torch.tensor(float(value), dtype=torch.float64)}
+    parts: Iterable[tuple[object, Any]] = ()
+    if dataclasses.is_dataclass(value):
+        parts = vars(value).items()
+    elif isinstance(value, dict):
+        parts = value.items()
+    elif isinstance(value, list | tuple):
+        parts = enumerate(value)
+    found: Tree = {}
+    for name, part in parts:
+        found |= numbers(part, f"{at}.{name}")
+    return found
 
 
 def state_bits(state: Any) -> tuple[str, bytes]:
