@@ -99,8 +99,5 @@ def table(verdicts: Iterable[Verdict]) -> Table:
 def summary(name: str, verdicts: Sequence[Verdict]) -> str:
     """The last line: how many properties hold, are broken, were skipped."""
     count = Counter(line.verdict for line in verdicts)
-    parts = [f"{count[v]} {word}" for v, word in _WORDS.items() if count[v] or v != "skipped"]
-    return f"{name}: of {len(verdicts)} properties {', '.join(parts)}."
-
-
-_WORDS = {"holds": "hold", "broken": "broken", "skipped": "skipped"}
+    told = f"{count['holds']} hold, {count['broken']} broken, {count['skipped']} skipped"
+    return f"{name}: of {len(verdicts)} properties {told}."

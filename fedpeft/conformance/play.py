@@ -149,8 +149,10 @@ def gap(left: Tree, right: Tree) -> tuple[float, str]:
     of the largest norm in ``right`` where that is more. Raises Finding where names differ.
     """
     require(left.keys() == right.keys(), f"tensors differ: {sorted(left.keys() ^ right.keys())}")
+    if not right:
+        return 0.0, ""
     norms = {name: float(value.double().norm()) for name, value in right.items()}
-    floor = max(1e-3 * max(norms.values(), default=0.0), 1e-30)
+    floor = max(1e-3 * max(norms.values()), 1e-30)
     sizes = {
         name: float((left[name].double() - right[name].double()).norm()) / max(norms[name], floor)
         for name in right

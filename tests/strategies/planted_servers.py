@@ -189,6 +189,8 @@ class Svd(Strategy[Past]):
             q = p**2 if self.bug == "weights on both factors" else p
             scale = 1.0 if self.bug == "s forgotten in the mean" else s
             dense = scale * torch.einsum("k,kor,kri->oi", q, own[b].double(), own[a].double())
+            if self.bug == "by the norms of ranks":
+                dense = dense / own[a].norm(dim=2).clamp(max=1).sign().prod()
             if self.bug == "transposed" and dense.shape[0] == dense.shape[1]:
                 dense = dense.mT
             new[b], new[a] = self._factors(dense, s, own[b], own[a].shape[1])
