@@ -96,9 +96,8 @@ def no_movement_changes_nothing(strategy: Strategy[Any]) -> str:
     From the start; and after one round of training, unless the server takes steps of its own
     (momentum moves on).
     """
-    toy = toy_for(strategy)
     for warm in (False, True) if strategy.averages else (False,):
-        toy.lr = 0.05
+        toy = toy_for(strategy)
         played = play(strategy, toy, int(warm))
         toy.lr = 0.0
         before = stands_for(strategy, toy, played.states[-1])
@@ -107,7 +106,6 @@ def no_movement_changes_nothing(strategy: Strategy[Any]) -> str:
             now = stands_for(strategy, toy, played.states[-1])
             what = f"round {number} without training, {'after one' if warm else 'from the start'}"
             require_close(now, before, ROUNDING, what)
-        toy.memory.clear()
     return "2 rounds without training"
 
 
