@@ -5,6 +5,7 @@ Every function here checks one property of a strategy; see ``finding.Property``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,7 @@ def unequal_weights_matter(strategy: Strategy[Any]) -> str:
     one, two = play(strategy, toy), play(strategy, other)
     _needs_aggregate(strategy, one)
     apart, _ = gap(_global(strategy, two, other), _global(strategy, one, toy))
+    require(apart < math.inf, "the adapter is not finite")
     require(apart > CHANGED, f"equal weights give the same adapter (differs by {apart:.0e})")
     return f"differs by {apart:.0e}"
 
@@ -101,6 +103,7 @@ def every_reply_counts(strategy: Strategy[Any]) -> str:
         found = _global(strategy, play(strategy, other), other)
         for part in parts:
             apart, name = gap({n: found[n] for n in part}, part)
+            require(apart < math.inf, f"{name} is not finite")
             require(apart > CHANGED, f"the data of {client} do not matter, even for {name}")
             least = min(least, apart)
     return f"differs by {least:.0e} or more"

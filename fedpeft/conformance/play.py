@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,7 +147,8 @@ def gap(left: Tree, right: Tree) -> tuple[float, str]:
     """The largest relative difference of two trees, and the tensor where it is.
 
     Of each tensor the Frobenius norm of the difference over that of ``right``, or over a thousandth
-    of the largest norm in ``right`` where that is more. Raises Finding where names differ.
+    of the largest norm in ``right`` where that is more; infinite where NaN is on one side. Raises
+    Finding where names differ.
     """
     require(left.keys() == right.keys(), f"tensors differ: {sorted(left.keys() ^ right.keys())}")
     if not right:
@@ -157,7 +159,8 @@ def gap(left: Tree, right: Tree) -> tuple[float, str]:
         name: float((left[name].double() - right[name].double()).norm()) / max(norms[name], floor)
         for name in right
     }
-    worst = max(sizes, key=lambda name: (sizes[name] != sizes[name], sizes[name]))  # NaN first
+    sizes = {name: math.inf if math.isnan(size) else size for name, size in sizes.items()}
+    worst = max(sizes, key=lambda name: sizes[name])
     return sizes[worst], worst
 
 

@@ -150,13 +150,8 @@ def _inexactness(strategy: Strategy[Any], toy: Toy) -> Iterator[tuple[int, dict[
         turn(strategy, toy, played, clients)
         mean = _mean(toy, clients, [trained_by(toy, c) for c in clients])
         found = stands_for(strategy, toy, played.states[-1])
-        yield (
-            number,
-            {
-                layer: float((found[layer].double() - mean[layer]).norm() / mean[layer].norm())
-                for layer in toy.scaling
-            },
-        )
+        layers = {n: gap({n: found[n]}, {n: mean[n]})[0] for n in toy.scaling}
+        yield number, layers
 
 
 def _mean(toy: Toy, clients: tuple[str, ...], own: list[Tree]) -> Tree:
