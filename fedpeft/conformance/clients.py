@@ -6,7 +6,7 @@ Every function here checks one property of a strategy; see ``finding.Property``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from fedpeft.conformance.play import (
     message_bits,
     outcome,
     play,
+    replied,
     require_close,
     sent_to,
     some,
@@ -113,8 +114,8 @@ def _global(strategy: Strategy[Any], played: Played, toy: Toy) -> Tree:
     """What clients get from each other: the global adapter; without one, what the server sends."""
     if strategy.shares:
         return stands_for(strategy, toy, played.states[-1])
-    (sent,) = sent_to(strategy, played.states[-1], len(played.states), toy.clients)
-    return {f"{part} {n}": x for part, own in sent.trees.items() for n, x in own.items()}
+    held = _held(strategy, played, toy.clients)
+    return {f"{n} to {client}": x for client, own in held.items() for n, x in own.items()}
 
 
 def _needs_aggregate(strategy: Strategy[Any], played: Played) -> None:
@@ -162,14 +163,20 @@ def a_client_that_was_away_is_not_forgotten(strategy: Strategy[Any]) -> str:
 
 def _apart(strategy: Strategy[Any], played: Played, one: str, two: str) -> dict[str, bool]:
     """Tensor or scalar of the next messages -> whether these two clients get another one."""
-    held: dict[str, dict[str, Tensor]] = {}
-    for sent in sent_to(strategy, played.states[-1], len(played.states), (one, two)):
-        for k, client in enumerate(sent.clients):
-            own = {f"{p}/{n}": x[k] for p, t in sent.trees.items() for n, x in t.items()}
-            held[client] = own | {name: x[k] for name, x in sent.scalars.items()}
+    held = _held(strategy, played, (one, two))
     left, right = held[one], held[two]
     both = left.keys() & right.keys()
     return {n: n not in both or not torch.equal(left[n], right[n]) for n in {*left, *right}}
+
+
+def _held(strategy: Strategy[Any], played: Played, clients: Sequence[str]) -> dict[str, Tree]:
+    """The tensors and scalars of the next messages: client -> tree/name -> value."""
+    held: dict[str, Tree] = {}
+    for sent in sent_to(strategy, played.states[-1], len(played.states), clients):
+        for k, client in enumerate(sent.clients):
+            own = {f"{p}/{n}": x[k] for p, t in sent.trees.items() for n, x in t.items()}
+            held[client] = own | {name: x[k] for name, x in sent.scalars.items()}
+    return held
 
 
 def nothing_of_one_client_reaches_another(strategy: Strategy[Any]) -> str:
@@ -178,26 +185,26 @@ def nothing_of_one_client_reaches_another(strategy: Strategy[Any]) -> str:
     And its own loss is NaN, so it is its own.
     """
     clean = toy_for(strategy)
-    (sent,) = sent_to(strategy, strategy.init(clean.problem()), 1, clean.clients)
-    one = strategy.train(sent, clean.cohort(clean.clients))
-    for bad, client in enumerate(clean.clients):
+    one = replied(strategy, clean, strategy.init(clean.problem()), 1)
+    for bad in clean.clients:
         toy = toy_for(strategy)
-        toy.targets[client] = tree.scale(toy.targets[client], float("nan"))
-        two = strategy.train(sent, toy.cohort(toy.clients))
-        require(bool(two.scalars["loss"][bad].isnan()), f"the loss told for {client} is not its")
-        _others_unchanged(one, two, bad, f"the data of {client}")
-        for other in set(clean.memory) - {client}:
+        toy.targets[bad] = tree.scale(toy.targets[bad], float("nan"))
+        two = replied(strategy, toy, strategy.init(toy.problem()), 1)
+        require(bool(two[bad].scalars["loss"].isnan()), f"the loss told for {bad} is not its own")
+        _others_unchanged(one, two, bad, f"the data of {bad}")
+        for other in set(clean.memory) - {bad}:
             kept = clean.memory[other]
             same = all(equal(toy.memory[other][n], own) for n, own in kept.items())
-            require(same, f"the memory of {other} depends on the data of {client}")
+            require(same, f"the memory of {other} depends on the data of {bad}")
     return f"{len(clean.clients)} clients in turn"
 
 
-def _others_unchanged(one: Messages, two: Messages, bad: int, what: str) -> None:
-    for k, client in enumerate(one.clients):
-        if k != bad:
-            same = message_bits(one.rows([k])) == message_bits(two.rows([k]))
-            require(same, f"the reply of {client} depends on {what}")
+def _others_unchanged(
+    one: dict[str, Messages], two: dict[str, Messages], bad: str, what: str
+) -> None:
+    for client in set(one) - {bad}:
+        same = message_bits(one[client]) == message_bits(two[client])
+        require(same, f"the reply of {client} depends on {what}")
 
 
 def private_memory_is_its_owners_alone(strategy: Strategy[Any]) -> str:
@@ -209,20 +216,19 @@ def private_memory_is_its_owners_alone(strategy: Strategy[Any]) -> str:
         raise NotApplicable("clients keep no memory")
     toy = toy_for(strategy)
     state = play(strategy, toy, rounds=1).states[-1]
-    (sent,) = sent_to(strategy, state, 2, toy.clients)
-    wanted = strategy.personal(sent, toy.cohort(toy.clients))
     memory = {client: dict(own) for client, own in toy.memory.items()}
-    one = strategy.train(sent, toy.cohort(toy.clients))
+    wanted = used_by(strategy, toy, state, 2)
+    one = replied(strategy, toy, state, 2)
     for mark in (float("nan"), 5.0):
-        for bad, client in enumerate(toy.clients):
+        for bad in toy.clients:
             toy.memory = {c: dict(own) for c, own in memory.items()}
-            toy.memory[client] = {n: tree.scale(t, mark) for n, t in memory[client].items()}
-            found = strategy.personal(sent, toy.cohort(toy.clients))
-            for k, other in enumerate(toy.clients):
-                same = k == bad or equal(tree.row(found, k), tree.row(wanted, k))
-                require(same, f"the adapter of {other} depends on the memory of {client}")
-            two = strategy.train(sent, toy.cohort(toy.clients))
-            _others_unchanged(one, two, bad, f"the memory of {client}")
+            toy.memory[bad] = {n: tree.scale(t, mark) for n, t in memory[bad].items()}
+            found = used_by(strategy, toy, state, 2)
+            for other in set(toy.clients) - {bad}:
+                same = equal(found[other], wanted[other])
+                require(same, f"the adapter of {other} depends on the memory of {bad}")
+            two = replied(strategy, toy, state, 2)
+            _others_unchanged(one, two, bad, f"the memory of {bad}")
     return f"{len(toy.clients)} clients in turn"
 
 
@@ -238,14 +244,15 @@ def private_memory_does_not_travel(strategy: Strategy[Any]) -> str:
     played = play(strategy, toy, rounds=1)
     for number in (2, 3):
         before = {client: dict(own) for client, own in toy.memory.items()}
+        first = len(played.replies)
         turn(strategy, toy, played, toy.clients)
-        reply = played.replies[-1]
-        for k, client in enumerate(reply.clients):
-            private = _private(before[client], toy.memory[client])
-            for part, own in reply[k].trees.items():
-                bad = [(n, p) for n, x in own.items() for p, y in private if torch.equal(x, y)]
-                where = f"round {number}: tensor and private memory of {client}"
-                require(not bad, f"{where} are the same in tree {part!r}: {bad[:1]}")
+        for reply in played.replies[first:]:
+            for k, client in enumerate(reply.clients):
+                private = _private(before[client], toy.memory[client])
+                for part, own in reply[k].trees.items():
+                    bad = [(n, p) for n, x in own.items() for p, y in private if torch.equal(x, y)]
+                    where = f"round {number}: tensor and private memory of {client}"
+                    require(not bad, f"{where} are the same in tree {part!r}: {bad[:1]}")
     return "2 rounds"
 
 

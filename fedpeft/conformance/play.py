@@ -78,6 +78,15 @@ def sent_to(
     return [strategy.send(state, number, clients)]
 
 
+def replied(strategy: Strategy[Any], toy: Toy, state: Any, number: int) -> dict[str, Messages]:
+    """Every client's reply in a round, alone in its stack: client -> reply. Changes no state."""
+    found: dict[str, Messages] = {}
+    for sent in sent_to(strategy, state, number, toy.clients):
+        reply = strategy.train(sent, toy.cohort(sent.clients))
+        found |= {client: reply.rows([k]) for k, client in enumerate(reply.clients)}
+    return found
+
+
 def toy_for(strategy: Strategy[Any], dtype: torch.dtype = torch.float64) -> Toy:
     """Five unequal clients, or the one pooled client of a strategy that pools."""
     return make(1 if strategy.pools else 5, dtype)

@@ -63,8 +63,9 @@ def one_client_is_local_training(strategy: Strategy[Any]) -> str:
         toy = make(1)
         played = play(strategy, toy, rounds)
         state, client, what = played.states[-1], toy.clients[0], f"after round {rounds}"
-        own = used_by(strategy, toy, state, rounds + 1)[client]
-        wanted = trained_by(toy, client)
+        if client not in toy.trained:  # a first round that only prepares
+            continue
+        own, wanted = used_by(strategy, toy, state, rounds + 1)[client], trained_by(toy, client)
         most = max(most, require_close(own, wanted, ROUNDING, f"{what}, personal"))
         if strategy.shares:
             found = stands_for(strategy, toy, state)
@@ -151,7 +152,10 @@ def _inexactness(strategy: Strategy[Any], toy: Toy) -> Iterator[tuple[int, dict[
     played = Played([strategy.init(toy.problem())], [], [])
     for number in (1, 2, 3):
         clients = tuple(some(number, toy.clients))
+        toy.trained.clear()
         turn(strategy, toy, played, clients)
+        if not toy.trained:
+            continue
         mean = _mean(toy, clients, [trained_by(toy, c) for c in clients])
         found = stands_for(strategy, toy, played.states[-1])
         layers = {n: gap({n: found[n]}, {n: mean[n]})[0] for n in toy.scaling}
@@ -178,7 +182,10 @@ def other_tensors_are_averaged_or_left_alone(strategy: Strategy[Any]) -> str:
     for number in (1, 2, 3):
         clients = toy.clients if strategy.pools else tuple(some(number, toy.clients))
         before = strategy.adapter(played.states[-1])
+        toy.trained.clear()
         turn(strategy, toy, played, clients)
+        if not toy.trained:
+            continue
         after = strategy.adapter(played.states[-1])
         mean = _mean(toy, clients, [toy.trained[c] for c in clients])
         for name in (n for n in after if ".lora_" not in n):
@@ -266,7 +273,10 @@ def clients_share_what_they_do_not_train(strategy: Strategy[Any]) -> str:
     shared: set[str] = set()
     for number in (1, 2, 3):
         toy.moved.clear()
+        toy.trained.clear()
         turn(strategy, toy, played, toy.clients)
+        if not toy.trained:
+            continue
         first = toy.trained[toy.clients[0]]
         shared |= first.keys() - toy.moved
         for client in toy.clients[1:]:
