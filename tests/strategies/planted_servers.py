@@ -74,6 +74,9 @@ RULES: dict[str, Rule] = {
     "divided by all clients": lambda p, own, w: tree.scale(
         mean(p, own), len(p) / 5 if len(p) > 1 else 1.0
     ),
+    "mean of squares": lambda p, own, w: mean(p, {n: x.square() for n, x in own.items()}),
+    "divided by the count": lambda p, own, w: tree.scale(mean(p, own), 1 / len(p)),
+    "times the largest weight": lambda p, own, w: tree.scale(mean(p, own), float(p.max())),
     "result in float64": lambda p, own, w: {n: x.double() for n, x in mean(p, own).items()},
     "noise without a seed": lambda p, own, w: {
         n: x + 1e-6 * torch.randn_like(x) for n, x in mean(p, own).items()
