@@ -6,6 +6,7 @@ Every function here checks one property of a strategy; see ``finding.Property``.
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from fedpeft import tree
+from fedpeft.base import pretrained
 from fedpeft.cohort.clients import Memory, RoundInfo, TorchCohort
 from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.lanes import FoldLane, Lane, LoopLane
@@ -61,7 +63,8 @@ class Federation:
     def problem(self) -> Problem:
         """What a strategy is told before round 1."""
         names = tuple(client.name for client in self.data)
-        return Problem(self.network.initial, self.network.scaling, names, ROUNDS, SEED)
+        weight = partial(pretrained, self.network)
+        return Problem(self.network.initial, self.network.scaling, names, ROUNDS, SEED, weight)
 
     def train(self, strategy: Strategy[Any], round: int, sent: Messages, size: int) -> Messages:
         """The clients' replies, trained in stacks of ``size``, at most 3 clients in flight."""

@@ -201,8 +201,10 @@ def other_tensors_are_averaged_or_left_alone(strategy: Strategy[Any]) -> str:
 def linear_as_declared(strategy: Strategy[Any]) -> str:
     """``linear``: replies averaged in parts, with their total weights, leave the same state (T9).
 
-    To rounding in float64, for all replies in one part, and in two ways in two. Without ``linear``
-    nothing is asked; if it would hold, the line says so.
+    To rounding in float64, for all replies in one part, and in two ways in two. Where clients keep
+    what they were sent (``keeps``), workers hand on whole replies, as the state must know whose
+    they are; then what it stands for is compared. Without ``linear`` nothing is asked; if it would
+    hold, the line says so.
     """
     try:
         most, where = _gap_of_parts(strategy)
@@ -228,12 +230,16 @@ def _gap_of_parts(strategy: Strategy[Any]) -> tuple[float, str]:
         first = len(played.replies)
         turn(strategy, toy, played, tuple(some(number, toy.clients)), size=1)
         own, before = played.replies[first:], played.states[-2]
-        wanted = numbers(played.states[-1])
+        wanted = _compared(strategy, toy, played.states[-1])
         for parts in ([own], [own[:1], own[1:]], [own[1::2], own[::2]]):
             rows = [average(part, f"part {n}") for n, part in enumerate(parts) if part]
-            found = numbers(strategy.receive(before, iter(rows)))
+            found = _compared(strategy, toy, strategy.receive(before, iter(rows)))
             most = max(most, gap(found, wanted))
     return most
+
+
+def _compared(strategy: Strategy[Any], toy: Toy, state: Any) -> Tree:
+    return stands_for(strategy, toy, state) if strategy.keeps else numbers(state)
 
 
 def frozen_tensors_stay(strategy: Strategy[Any]) -> str:

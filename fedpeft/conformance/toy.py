@@ -56,7 +56,8 @@ class Toy:
     """The clients, and what became of them.
 
     initial: every trainable tensor. scaling: LoRA layer -> s. targets: client -> what it fits.
-    weights, steps: client -> aggregation weight, local steps. lr: of everybody's SGD. memory:
+    weights, steps: client -> aggregation weight, local steps. lr: of everybody's SGD.
+    pretraining: which pretrained weights there are. memory:
     client -> the private memory that the strategy keeps there. trained, bases: client -> its whole
     adapter after its last local training, and the change of the base that it trained on. moved:
     names of the model's tensors that local trainings were asked to train so far. shelf: what
@@ -69,6 +70,7 @@ class Toy:
     weights: dict[str, float]
     steps: dict[str, int]
     lr: float = 0.05
+    pretraining: int = 0
     memory: dict[str, dict[str, Tree]] = field(default_factory=dict)
     trained: dict[str, Tree] = field(default_factory=dict)
     bases: dict[str, Tree] = field(default_factory=dict)
@@ -86,8 +88,8 @@ class Toy:
 
     def weight(self, layer: str) -> Tensor:
         """A pretrained weight ``[d_out, d_in]``; the losses do not depend on it."""
-        d_out, _, d_in, _ = LAYERS[layer]
-        draw = torch.Generator().manual_seed(len(layer) + d_in)
+        d_out, d_in = len(self.initial[b_of(layer)]), self.initial[a_of(layer)].shape[1]
+        draw = torch.Generator().manual_seed(100 * self.pretraining + list(LAYERS).index(layer))
         return torch.randn(d_out, d_in, generator=draw)
 
     def cohort(self, clients: Sequence[str]) -> ToyCohort:

@@ -21,6 +21,10 @@ from fedpeft.strategy import Strategy, available, build, load
 
 FILES = sorted((Path(__file__).parents[2] / "strategies").glob("[!_]*.py"))
 ALL = (*PROPERTIES, *deep.PROPERTIES)
+VERBS = "|".join(name for name in vars(Strategy) if not name.startswith("_"))
+DICTATED = re.compile(
+    rf"def ({VERBS})\(self|\w+: ClassVar\[bool\] = |@dataclass\(frozen|class State:"
+)
 
 
 def variants(name: str) -> list[dict[str, str]]:
@@ -85,7 +89,10 @@ def test_a_file_is_one_self_contained_algorithm(path: Path) -> None:
 
 
 def body(path: Path) -> Counter[str]:
-    """The lines of code in a file, as Python writes them: no imports, comments, docstrings."""
+    """The lines of code in a file, as Python writes them: no imports, comments, docstrings.
+
+    Nor what the contract dictates word by word: declarations, and the verbs' signatures.
+    """
     module = ast.parse(path.read_text())
     for node in ast.walk(module):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
@@ -94,14 +101,15 @@ def body(path: Path) -> Counter[str]:
             node.body = node.body[1:] or [ast.Pass()]
     kept = [n for n in module.body if not isinstance(n, ast.Import | ast.ImportFrom)]
     lines = "\n".join(ast.unparse(n) for n in kept).split("\n")
-    return Counter(line.strip() for line in lines if line.strip())
+    own = (line.strip() for line in lines)
+    return Counter(line for line in own if line and not DICTATED.match(line))
 
 
-def test_two_files_share_fewer_than_20_lines_of_code() -> None:
+def test_two_files_share_fewer_than_12_lines_of_code() -> None:
     bodies = {path.stem: body(path) for path in FILES}
     shared = {
         (one, two): (bodies[one] & bodies[two]).total()
         for one, two in itertools.combinations(bodies, 2)
     }
     assert max(shared.values()) >= 10, "the count finds nothing"
-    assert {pair: lines for pair, lines in shared.items() if lines >= 20} == {}
+    assert {pair: lines for pair, lines in shared.items() if lines >= 12} == {}
