@@ -128,7 +128,7 @@ def parse_recipe(
         written = _resolve(written, folder)
     changes: Layer = {}
     for override in overrides:
-        change = _parse_override(override)
+        change = parse_override(override)
         _check_layer(change, f"override {override!r}")
         changes = _merge(changes, change)
     defaults = asdict(Recipe())
@@ -237,7 +237,7 @@ def _yaml(text: str, origin: str) -> Layer:
     return {str(key): value for key, value in found.items()}
 
 
-def _parse_override(override: str) -> Layer:
+def parse_override(override: str) -> Layer:
     """``a.b=value`` as the layer {"a": {"b": value}}.
 
     The value is YAML; where the key holds text, the value is taken as it stands, unless it is

@@ -33,6 +33,7 @@ A complete algorithm (federated averaging without weights)::
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
@@ -304,22 +305,23 @@ def available() -> dict[str, str]:
 
 
 def load(name: str) -> type[Strategy[Any]]:
-    """The strategy class of a module: ``fedavg`` ships with fedpeft, ``my.module`` is the user's.
+    """The strategy class of a module: ``fedavg`` ships with fedpeft, any other is the user's.
 
     The module must define exactly one ``Strategy``. Raises FedpeftError that lists what exists.
     """
     package = importlib.import_module("fedpeft.strategies")
     known = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    if "." not in name and name not in known:
+    shipped, plain = name in known, "." not in name
+    if plain and not shipped and not (name.isidentifier() and importlib.util.find_spec(name)):
         raise FedpeftError(f"strategy.name={name!r} does not exist. {suggest(name, known)}")
-    path = name if "." in name else f"fedpeft.strategies.{name}"
+    path = f"fedpeft.strategies.{name}" if shipped else name
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise
         raise FedpeftError(
-            f"strategy.name={name!r}: no module {error.name!r} on the Python path. Give the dotted "
+            f"strategy.name={name!r}: no module {error.name!r} on the Python path. Give the "
             f"name of an importable module, or one of: {', '.join(known)}."
         ) from None
     own = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import sys
 from importlib import metadata
@@ -171,6 +172,49 @@ def store(
             f"in {folder}",
             soft_wrap=True,
         )
+
+
+@app.command("check-strategy", short_help="Check a strategy of your own for what must hold.")
+def check_strategy(
+    strategy: Annotated[str, typer.Argument(metavar="STRATEGY", hidden=True)],
+    settings: Overrides = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also on tiny models: batched equals one by one.")
+    ] = False,
+    oracle: Annotated[
+        str | None, typer.Option(help="MODULE.FUNCTION: the paper's rule in numpy.")
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per property.")
+    ] = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Check a strategy for what must hold, whatever its rule, on a toy federation.
+
+    STRATEGY is a Python file (my_strategy.py), a module, or a name of `fedpeft list strategies`.
+    KEY=VALUE are its own settings: mu=0.1.
+
+    Exit codes: 0 all properties hold or do not apply, 1 a property is broken, 2 a fault in what was
+    given.
+    """
+    from fedpeft.cli import conformance
+
+    screen = Console(highlight=False)
+    with reported(verbose):
+        from fedpeft.conformance import check
+
+        subject = conformance.strategy(strategy, settings or [])
+        found = list(check(subject, conformance.properties(deep, oracle)))
+        if json:
+            from fedpeft.cli.jsonl import write
+
+            for line in found:
+                write(sys.stdout, "verdict", dataclasses.asdict(line))
+        else:
+            screen.print(conformance.table(found))
+            screen.print(conformance.summary(strategy, found))
+    if any(line.verdict == "broken" for line in found):
+        raise typer.Exit(1)
 
 
 @app.command("list", short_help="List what a recipe can name, with one line each.")

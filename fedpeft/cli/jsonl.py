@@ -12,6 +12,9 @@ Every object has ``event``:
 - ``summary``: the fields of ``fedpeft.events.Summary``, each score with its ``perplexity``; the
   last line of a complete run. A run without it failed: see stderr and the exit code.
 
+``fedpeft check-strategy --json`` writes ``verdict`` events alone: ``property``, ``verdict`` (holds,
+broken, skipped), ``found``.
+
 Bytes are by kind. A figure that is not finite is null.
 """
 

@@ -140,7 +140,7 @@ def test_what_travels_is_the_sum_of_the_squared_ranks() -> None:
     played = play(Ravan(2), toy)
     for messages in [*played.sent, *played.replies]:
         cores = {n: t for n, t in messages.trees["cores"].items() if "lora_" in n}
-        assert tree.numel(tree.row(cores, 0)) == 1 + 1 + 2 * (4 + 1)
+        assert tree.numel(tree.row(cores, 0)) == 2 * (1 + 1) + 2 * (4 + 1)
     assert all(len(seed) == 8 for seed in played.sent[0].blobs["seed"])
 
 

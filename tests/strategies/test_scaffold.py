@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -154,10 +153,11 @@ def test_a_gradient_that_overflowed_is_left_out() -> None:
     cohort = toy.cohort(toy.clients)
     plain, calls = cohort.gradients, 0
 
-    def broken(at: tree.Tree, **how: Any) -> tree.Tree:
+    def broken(at: tree.Tree, *, fixed: tree.Tree | None = None, **seams: None) -> tree.Tree:
         nonlocal calls
         calls += 1
-        return tree.scale(plain(at, fixed=how["fixed"]), float("inf") if calls == 1 else 1.0)
+        assert not any(seams.values()), "plain training"
+        return tree.scale(plain(at, fixed=fixed), float("inf") if calls == 1 else 1.0)
 
     cohort.gradients = broken  # type: ignore[method-assign]
     Scaffold().train(sent, cohort)
