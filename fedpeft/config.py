@@ -36,7 +36,8 @@ class Data:
     source: ``pydocs`` (built in), a Hugging Face data set id, a csv, jsonl or parquet file, a
     folder of them named train/test, or a store (``fedpeft store``), which brings its own clients.
     subset: configuration name on the hub. train, test: split names on the hub, or file names in the
-    folder; without a test split the clients' hold-outs are the test set. text, pair, label:
+    folder; without a test split the clients' hold-outs are the test set. public: a split that the
+    server owns and nobody needs to protect; for strategies that start from one. text, pair, label:
     columns. client: the natural-client column. max_length: tokens per example. holdout: share of
     each client's examples kept as its own test set. limit: use at most so many training rows, drawn
     by the seed (0: all).
@@ -46,6 +47,7 @@ class Data:
     subset: str | None = None
     train: str = "train"
     test: str | None = None
+    public: str | None = None
     task: Literal["classification", "causal_lm"] = "classification"
     text: str = "text"
     pair: str | None = None

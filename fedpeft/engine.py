@@ -54,42 +54,81 @@ def play_round(
     replies come back than ``rounds.quorum`` of the clients sampled; the state is then unchanged.
     """
     began = time.perf_counter()
-    sizes = federation.clients()
-    names = sampling.draw(rounds.sampling, sizes, seed, number)
+    names = sampling.draw(rounds.sampling, federation.clients(), seed, number)
     lost = sampling.draw_failures(rounds.failure_rate, names, seed, number)
     if not names:
         empty = RoundReport(number, (), (), {}, 0, math.nan, {}, {}, time.perf_counter() - began)
         return state, empty
-    sent = addressed(strategy, state, number, names)
-    down = total_bytes(sent)
-    if len(lost) == len(names):
-        raise QuorumError(_short(number, names, 0, rounds, {name: "dropped out" for name in lost}))
-    present = [
-        stack.rows([k for k, name in enumerate(stack.clients) if name not in lost])
-        for stack in sent
-    ]
-    stacks = [stack for stack in present if len(stack)]
-    intake = intake_of(strategy, stacks, sizes, rounds)
-    stream = intake.stream(federation.run(number, *stacks))
-    first = list(islice(stream, 1))
-    after = strategy.receive(state, _chain(first, stream)) if first else state
-    for _ in stream:  # whatever the strategy left unread still counts in the books
-        pass
-    if intake.replied < max(1, math.ceil(rounds.quorum * len(names))):
-        reasons = {**dict.fromkeys(sorted(lost), "dropped out"), **intake.excluded}
-        raise QuorumError(_short(number, names, intake.replied, rounds, reasons))
+    after, books = state, _Books({}, {}, dict.fromkeys(sorted(lost), "dropped out"))
+    asked: tuple[str, ...] = names
+    for _ in range(strategy.exchanges):
+        sent = addressed(strategy, after, number, asked)
+        after, intake = _exchange(strategy, after, federation, rounds, number, books.out(sent))
+        books.back(intake)
+        if intake.replied < max(1, math.ceil(rounds.quorum * len(names))):
+            raise QuorumError(_short(number, names, intake.replied, rounds, books.lost))
+        asked = tuple(name for name in names if name not in books.lost)
     report = RoundReport(
         round=number,
         sampled=names,
         dropped=tuple(sorted(lost)),
-        excluded=dict(sorted(intake.excluded.items())),
+        excluded={name: why for name, why in sorted(books.lost.items()) if name not in lost},
         replied=intake.replied,
-        loss=intake.loss_sum / intake.weight_sum,
-        down=down,
-        up=intake.up,
+        loss=books.loss,
+        down=books.down,
+        up=books.up,
         seconds=time.perf_counter() - began,
     )
     return after, report
+
+
+@dataclass
+class _Books:
+    """What a round has sent and received so far, by kind; client -> why it is in it no more."""
+
+    down: Bytes
+    up: Bytes
+    lost: dict[str, str]
+    loss: float = math.nan
+
+    def out(self, sent: Sequence[Messages]) -> list[Messages]:
+        """Counts what is sent; the messages of the clients that are still there."""
+        _add(self.down, total_bytes(sent))
+        present = [
+            stack.rows([k for k, name in enumerate(stack.clients) if name not in self.lost])
+            for stack in sent
+        ]
+        return [stack for stack in present if len(stack)]
+
+    def back(self, intake: Intake) -> None:
+        """Counts what came back. The loss is that of the first exchange that trains."""
+        _add(self.up, intake.up)
+        self.lost |= intake.excluded
+        if math.isnan(self.loss) and intake.weight_sum > 0:
+            self.loss = intake.loss_sum / intake.weight_sum
+
+
+def _add(books: Bytes, more: Bytes) -> None:
+    for kind, size in more.items():
+        books[kind] = books.get(kind, 0) + size
+
+
+def _exchange(
+    strategy: Strategy[Any],
+    state: Any,
+    federation: Federation,
+    rounds: Rounds,
+    number: int,
+    stacks: Sequence[Messages],
+) -> tuple[Any, Intake]:
+    """The state after the replies to ``stacks``, and what the intake counted."""
+    intake = intake_of(strategy, stacks, federation.clients(), rounds)
+    stream = intake.stream(federation.run(number, *stacks) if stacks else iter(()))
+    first = list(islice(stream, 1))
+    after = strategy.receive(state, _chain(first, stream)) if first else state
+    for _ in stream:  # whatever the strategy left unread still counts in the books
+        pass
+    return after, intake
 
 
 def intake_of(

@@ -9,10 +9,11 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedpeft import sampling
-from fedpeft.base import check_foldable, pretrained
+from fedpeft.base import check_foldable, gradients_by_weight, pretrained
 from fedpeft.cohort.choose import choose_lane
 from fedpeft.cohort.chunk import choose
 from fedpeft.cohort.federation import CohortFederation, Settings
@@ -26,8 +27,10 @@ from fedpeft.data.store import is_store, verify_store
 from fedpeft.data.store_writer import write_store
 from fedpeft.data.stored import origin_of
 from fedpeft.errors import FedpeftError
-from fedpeft.model import Network, attach, build_network, load_base, load_tokenizer
+from fedpeft.metrics import client_sums
+from fedpeft.model import Network, attach, build_network, load_base, load_tokenizer, set_mode
 from fedpeft.strategy import Problem, Strategy, build
+from fedpeft.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Prepared:
     @property
     def problem(self) -> Problem:
         """What the strategy may know before round 1."""
-        return Problem(
+        problem = Problem(
             initial=self.network.initial,
             scaling=self.network.scaling,
             clients=self.population.clients.names,
@@ -57,6 +60,24 @@ class Prepared:
             seed=self.recipe.seed,
             weight=partial(pretrained, self.network),
         )
+        if self.population.public is None:
+            return problem
+        return dataclasses.replace(problem, public_gradients=self._public_gradients)
+
+    def _public_gradients(self) -> Tree:
+        """See ``Problem.public_gradients``."""
+        examples, network, size = self.population.public, self.network, self.recipe.local.batch_size
+        assert examples is not None, "only asked for where there are some"
+        set_mode(network.model, True, False)
+        at = {name: value[None].to(network.device) for name, value in network.initial.items()}
+        lane = LoopLane(network.model)
+
+        def sums(index: Tensor) -> tuple[Tensor, Tensor]:
+            batch = examples.batch(index[None]).to(network.device)
+            return client_sums(self.population.task, lane.logits(at, batch), batch)
+
+        parts = torch.arange(len(examples)).split(size)
+        return gradients_by_weight(network, [partial(sums, part) for part in parts])
 
     @property
     def gradients(self) -> Gradients:

@@ -73,6 +73,14 @@ def _no_weight(layer: str) -> Tensor:
     )
 
 
+def _nothing_public() -> Tree:
+    """Raises FedpeftError: the server owns no data."""
+    raise FedpeftError(
+        "the strategy starts from a gradient on public data, and there are none: name a split that "
+        "the server owns with data.public, or choose another start of the strategy."
+    )
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a strategy may know before the first round.
@@ -83,6 +91,8 @@ class Problem:
     rounds: communication rounds that the run will have.
     seed: the run's seed; derive streams with ``fedpeft.streams``.
     weight: LoRA layer -> its pretrained weight ``[d_out, d_in]``, a copy in float32 on the CPU.
+    public_gradients: the gradient of the mean loss over the server's own public data by these
+    weights, at ``initial``: LoRA layer -> ``[d_out, d_in]``.
     """
 
     initial: Tree
@@ -91,6 +101,7 @@ class Problem:
     rounds: int
     seed: int
     weight: Callable[[str], Tensor] = _no_weight
+    public_gradients: Callable[[], Tree] = _nothing_public
 
 
 @dataclass(frozen=True)
@@ -218,6 +229,8 @@ class Strategy(ABC, Generic[S]):
     scalar ``weight``; so replies may be averaged in parts, each part with its total weight.
     averages: what a lone client trained is the state after the round; without it the server takes
     a step of its own (a server optimizer, a merge of task vectors).
+    exchanges: how often in a round ``send``, ``train`` and ``receive`` follow each other, with the
+    clients whose replies to the exchange before were valid.
     """
 
     pools: ClassVar[bool] = False
@@ -228,6 +241,7 @@ class Strategy(ABC, Generic[S]):
     keeps: ClassVar[bool] = False
     folds: ClassVar[bool] = False
     averages: ClassVar[bool] = True
+    exchanges: ClassVar[int] = 1
 
     @abstractmethod
     def init(self, problem: Problem) -> S:

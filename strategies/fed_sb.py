@@ -8,10 +8,11 @@ whatever the width. The bases are sent once to each client, which keeps them, an
 start says who computes them, on what. LoRA-SB: D = -eta_1 sign(G), U S V^T = svd(D) to rank r,
 B = U, A = V^T, R_0 = S / s, with G the summed gradient of the full weights.
 - ``random``: seeded; 8 bytes in place of the bases; R_0 = 0.
+- ``public``: G of the server's own public data (``data.public``): nothing private in it.
 - ``weights``: the leading singular vectors of W_0, which hold no private data; R_0 = 0.
 - ``gradients_unprotected``: in round 1 every client sends G_k, dense, of all its data, and nothing
   is trained; G = sum_k p_k G_k. Private data in the clear: no claim of differential privacy.
-Not here: G of pooled data, as in the authors' code, of a public batch, or noised and charged.
+Not here: G of pooled data, as in the authors' code, or noised and charged.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ class FedSB(Strategy[State]):
     exact: ClassVar[bool] = True
     keeps: ClassVar[bool] = True
 
-    start: Literal["random", "weights", "gradients_unprotected"] = "random"
+    start: Literal["random", "public", "weights", "gradients_unprotected"] = "random"
     first_step: float = 0.0
 
     def init(self, problem: Problem) -> State:
-        trained = select(problem.initial, lambda name: ".lora_" not in name)
-        frozen = select(problem.initial, lambda name: ".lora_" in name)
+        trained, frozen = dict(problem.initial), {}
         seed, known = derive(problem.seed, "fed_sb"), self.start != "gradients_unprotected"
         for layer, (name_a, name_b) in fresh_pairs(problem.initial, "fed_sb").items():
+            frozen |= {name: trained.pop(name) for name in (name_a, name_b)}
             a = frozen[name_a]
             trained[f"{layer}.lora_R"] = a.new_zeros(len(a), len(a))
             if self.start == "weights":
@@ -61,7 +62,8 @@ class FedSB(Strategy[State]):
                 frozen |= {name_a: vt.to(a), name_b: u.to(a)}
         if self.start == "random":
             frozen = orthonormal_pairs(frozen, "fed_sb", seed)
-        return State(sort(trained), frozen, known, dict(problem.scaling), seed, {})
+        state = State(sort(trained), frozen, known, dict(problem.scaling), seed, {})
+        return self._stepped(state, problem.public_gradients()) if self.start == "public" else state
 
     def groups(self, state: State, clients: Sequence[str]) -> list[tuple[str, ...]]:
         sent = state.held if self.start != "random" else {}
@@ -94,10 +96,14 @@ class FedSB(Strategy[State]):
             trained = weighted_mean(noted(replies, names), "cores")
             return replace(state, trained=trained, held=state.held | dict.fromkeys(names, 1))
         gradient = weighted_mean(replies, "gradients")
+        return self._stepped(state, {n.removesuffix(".lora_G"): g for n, g in gradient.items()})
+
+    def _stepped(self, state: State, gradient: Tree) -> State:
+        """Bases and cores from G, by layer ``[d_out, d_in]``."""
         trained, frozen = dict(state.trained), dict(state.frozen)
         for layer, (name_a, name_b) in lora_pairs(frozen, "fed_sb").items():
             a = frozen[name_a]
-            u, sigma, vt = leading_svd(-gradient[f"{layer}.lora_G"].sign(), len(a))
+            u, sigma, vt = leading_svd(-gradient[layer].sign(), len(a))
             frozen |= {name_a: vt.to(a), name_b: u.to(a)}
             core = self.first_step / state.scaling[layer] * sigma
             trained[f"{layer}.lora_R"] = core.diag().to(a)

@@ -77,6 +77,7 @@ def messages_are_stacked(strategy: Strategy[Any]) -> str:
     toy = toy_for(strategy, torch.float32)
     played = play(strategy, toy, present=some)
     asked = [client for number in (1, 2, 3) for client in some(number, toy.clients)]
+    asked *= strategy.exchanges
     told = [client for sent in played.sent for client in sent.clients]
     require(sorted(told) == sorted(asked), f"messages go to {told}, not to {asked}")
     for number, (sent, reply) in enumerate(zip(played.sent, played.replies, strict=True), 1):
@@ -149,22 +150,31 @@ def nothing_given_is_written_to(strategy: Strategy[Any]) -> str:
     state = strategy.init(toy.problem())
     kept = {name: value.clone() for name, value in toy.initial.items()}
     for number in (1, 2, 3):
-        before, replies = state_bits(state), []
         for sent in sent_to(strategy, state, number, toy.clients):
-            sent_before, cohort = message_bits(sent), toy.cohort(sent.clients)
-            strategy.personal(sent, cohort)
-            replies.append(strategy.train(sent, cohort))
-            require(message_bits(sent) == sent_before, f"round {number}: the messages changed")
-        told = [message_bits(reply) for reply in replies]
-        after = strategy.receive(state, iter(replies))
-        strategy.adapter(after)
-        same = told == [message_bits(reply) for reply in replies]
-        require(same, f"round {number}: the replies changed")
-        require(state_bits(state) == before, f"round {number}: the state given changed")
+            before, told = state_bits(state), message_bits(sent)
+            strategy.personal(sent, toy.cohort(sent.clients))
+            same = (state_bits(state), message_bits(sent)) == (before, told)
+            require(same, f"round {number}: personal changed the state or the messages")
+        for _ in range(strategy.exchanges):
+            state = _untouched_exchange(strategy, toy, state, number)
         changed = [n for n, value in kept.items() if not torch.equal(value, toy.initial[n])]
         require(not changed, f"round {number}: the initial adapter changed, at {changed[:1]}")
-        state = after
     return "3 rounds"
+
+
+def _untouched_exchange(strategy: Strategy[Any], toy: Toy, state: Any, number: int) -> Any:
+    before, replies = state_bits(state), []
+    for sent in sent_to(strategy, state, number, toy.clients):
+        sent_before, cohort = message_bits(sent), toy.cohort(sent.clients)
+        replies.append(strategy.train(sent, cohort))
+        require(message_bits(sent) == sent_before, f"round {number}: the messages changed")
+    told = [message_bits(reply) for reply in replies]
+    after = strategy.receive(state, iter(replies))
+    strategy.adapter(after)
+    same = told == [message_bits(reply) for reply in replies]
+    require(same, f"round {number}: the replies changed")
+    require(state_bits(state) == before, f"round {number}: the state given changed")
+    return after
 
 
 def a_resume_goes_on_bit_by_bit(strategy: Strategy[Any]) -> str:

@@ -63,8 +63,12 @@ class Federation:
     def problem(self) -> Problem:
         """What a strategy is told before round 1."""
         names = tuple(client.name for client in self.data)
-        weight = partial(pretrained, self.network)
-        return Problem(self.network.initial, self.network.scaling, names, ROUNDS, SEED, weight)
+        network, weight = self.network, partial(pretrained, self.network)
+
+        def public() -> Tree:
+            return {layer: weight(layer) for layer in network.scaling}
+
+        return Problem(network.initial, network.scaling, names, ROUNDS, SEED, weight, public)
 
     def train(self, strategy: Strategy[Any], round: int, sent: Messages, size: int) -> Messages:
         """The clients' replies, trained in stacks of ``size``, at most 3 clients in flight."""
@@ -148,7 +152,7 @@ def _batched_is_sequential(strategy: Strategy[Any], task: Task) -> str:
     base = fold.frozen()
     state, most = strategy.init(loop.problem), 0.0
     tree.check_same(fold.network.initial, strategy.adapter(state), "the model and adapter(state)")
-    for number in range(1, ROUNDS + 1):
+    for number in (n for n in range(1, ROUNDS + 1) for _ in range(strategy.exchanges)):
         replies = []
         for sent in sent_to(strategy, state, number, loop.problem.clients):
             one = fold.train(strategy, number, sent, len(sent))

@@ -64,11 +64,16 @@ def turn(
     strategy: Strategy[Any], toy: Toy, played: Played, clients: tuple[str, ...], size: int = 99
 ) -> None:
     """One more round of ``played``, with these clients."""
-    stacks = sent_to(strategy, played.states[-1], len(played.states), clients)
-    parts = [strategy.train(p, toy.cohort(p.clients)) for sent in stacks for p in sent.split(size)]
-    played.states.append(strategy.receive(played.states[-1], iter(parts)))
-    played.sent.extend(stacks)
-    played.replies.extend(parts)
+    state = played.states[-1]
+    for _ in range(strategy.exchanges):
+        stacks = sent_to(strategy, state, len(played.states), clients)
+        parts = [
+            strategy.train(p, toy.cohort(p.clients)) for sent in stacks for p in sent.split(size)
+        ]
+        state = strategy.receive(state, iter(parts))
+        played.sent.extend(stacks)
+        played.replies.extend(parts)
+    played.states.append(state)
 
 
 def sent_to(

@@ -32,7 +32,7 @@ from fedpeft.conformance.play import (
 )
 from fedpeft.conformance.toy import Arrays, Toy, a_of, b_of, make
 from fedpeft.intake import average
-from fedpeft.strategy import Strategy
+from fedpeft.strategy import Messages, Strategy
 from fedpeft.tree import Tree
 
 EXACT = {torch.float64: ROUNDING, torch.float32: 1e-6}
@@ -41,6 +41,13 @@ factors and their product; whatever else is lost was computed in float32 and nee
 
 INEXACT = 1e-5
 """From here on, in float64, an aggregate is another one than the mean of updates."""
+
+PARTS: tuple[Callable[[list[Messages]], list[list[Messages]]], ...] = (
+    lambda own: [own],
+    lambda own: [own[:1], own[1:]],
+    lambda own: [own[1::2], own[::2]],
+)
+"""How replies are divided into parts: all in one, and in two ways in two."""
 
 Oracle = Callable[[Toy, int, Present], Arrays]
 """``(toy, rounds, present) -> the global adapter``: a paper's rule in plain numpy.
@@ -229,12 +236,15 @@ def _gap_of_parts(strategy: Strategy[Any]) -> tuple[float, str]:
     for number in (1, 2, 3):
         first = len(played.replies)
         turn(strategy, toy, played, tuple(some(number, toy.clients)), size=1)
-        own, before = played.replies[first:], played.states[-2]
-        wanted = _compared(strategy, toy, played.states[-1])
-        for parts in ([own], [own[:1], own[1:]], [own[1::2], own[::2]]):
-            rows = [average(part, f"part {n}") for n, part in enumerate(parts) if part]
-            found = _compared(strategy, toy, strategy.receive(before, iter(rows)))
-            most = max(most, gap(found, wanted))
+        own, wanted = played.replies[first:], _compared(strategy, toy, played.states[-1])
+        size = len(own) // strategy.exchanges
+        for split in PARTS:
+            after = played.states[-2]
+            for k in range(strategy.exchanges):
+                parts = split(own[k * size : (k + 1) * size])
+                rows = [average(part, f"part {n}") for n, part in enumerate(parts) if part]
+                after = strategy.receive(after, iter(rows))
+            most = max(most, gap(_compared(strategy, toy, after), wanted))
     return most
 
 

@@ -84,13 +84,20 @@ class Toy:
 
     def problem(self, rounds: int = 3, seed: int = 7) -> Problem:
         """What a strategy is told before round 1."""
-        return Problem(self.initial, self.scaling, self.clients, rounds, seed, self.weight)
+        names = self.clients
+        public = self.public_gradients
+        return Problem(self.initial, self.scaling, names, rounds, seed, self.weight, public)
 
     def weight(self, layer: str) -> Tensor:
         """A pretrained weight ``[d_out, d_in]``; the losses do not depend on it."""
         d_out, d_in = len(self.initial[b_of(layer)]), self.initial[a_of(layer)].shape[1]
         draw = torch.Generator().manual_seed(100 * self.pretraining + list(LAYERS).index(layer))
         return torch.randn(d_out, d_in, generator=draw)
+
+    def public_gradients(self) -> Tree:
+        """The gradient by the frozen weights of a loss on data of the server's own."""
+        like = self.initial[a_of(next(iter(self.scaling)))]
+        return {layer: self.weight(layer).to(like).mT.flip(0).mT for layer in self.scaling}
 
     def cohort(self, clients: Sequence[str]) -> ToyCohort:
         """A cohort of these clients."""

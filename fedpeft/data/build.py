@@ -52,7 +52,8 @@ def build_population(
     )
     test = _test(rows, data, tokenizer, examples, clients)
     labels = rows.labels if data.task == "classification" else ()
-    return sealed(Population(data.task, clients, examples, test, labels, ""))
+    public = _public(data, tokenizer, seed)
+    return sealed(Population(data.task, clients, examples, test, labels, "", public=public))
 
 
 def pool(population: Population) -> Population:
@@ -63,6 +64,17 @@ def pool(population: Population) -> Population:
         np.sort(population.clients.holdout.values),
     )
     return sealed(replace(population, clients=Clients.of([everyone])))
+
+
+def _public(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Examples | None:
+    """The split that the server owns, with the labels of the training split."""
+    if data.public is None:
+        return None
+    from fedpeft.data.sources import load_rows
+
+    rows = load_rows(replace(data, test=data.public), seed).test
+    assert rows is not None, "a split that was named is read or refused"
+    return _encode(rows, data, tokenizer, "public").examples
 
 
 def _encode(rows: Dataset, data: Data, tokenizer: PreTrainedTokenizerBase, split: str) -> Encoded:

@@ -132,8 +132,8 @@ class Population:
 
     examples: what the clients hold. test: the global test set (the source's own test split, or the
     union of the clients' hold-outs). labels: class names, empty for causal language modelling.
-    fingerprint: a SHA-256 over everything above: equal fingerprints, equal data. files: those that
-    the arrays are views of, if they are.
+    fingerprint: a SHA-256 over all data here: equal fingerprints, equal data. files: those that
+    the arrays are views of, if they are. public: what the server owns and need not protect.
     """
 
     task: Task
@@ -143,6 +143,7 @@ class Population:
     labels: tuple[str, ...]
     fingerprint: str
     files: tuple[mmap.mmap, ...] = ()
+    public: Examples | None = None
 
     def release(self) -> None:
         """Lets go of the pages of the files that were read; they are mapped again when needed.

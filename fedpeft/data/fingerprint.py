@@ -28,7 +28,8 @@ def sealed(population: Population) -> Population:
     for text in _listed(clients.names):
         digest.update(text)
     digest.update(b"]]")
-    for array in (*_arrays(population.examples), *_arrays(population.test)):
+    public = () if population.public is None else _arrays(population.public)
+    for array in (*_arrays(population.examples), *_arrays(population.test), *public):
         digest.update(_head(array))
         for start in range(0, len(array), BLOCK):
             digest.update(_little(array[start : start + BLOCK]))

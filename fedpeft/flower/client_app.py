@@ -90,6 +90,7 @@ def _prepared(recipe: str) -> Prepared:
     """
     found = parse_recipe(recipe, "the recipe in the request")
     device = found.engine.device.split(":")[0]
+    found = replace(found, data=replace(found.data, public=None))  # the server's own
     return prepare(replace(found, engine=Engine(kind="sequential", chunk=1, device=device)))
 
 

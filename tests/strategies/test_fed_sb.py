@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 
 from fedpeft import tree
 from fedpeft.comms.ledger import message_bytes
+from fedpeft.errors import FedpeftError
 from fedpeft.strategies.fed_sb import FedSB
 from fedpeft.strategies.fedavg import FedAvg
-from fedpeft.strategy import Strategy, addressed
+from fedpeft.strategy import Problem, Strategy, addressed
 from tests.strategies.toy import (
     LAYERS,
     Arrays,
@@ -27,8 +29,8 @@ from tests.strategies.toy import (
     some,
 )
 
-Start = Literal["random", "weights", "gradients_unprotected"]
-STARTS = pytest.mark.parametrize("start", ["random", "weights", "gradients_unprotected"])
+Start = Literal["random", "public", "weights", "gradients_unprotected"]
+STARTS = pytest.mark.parametrize("start", ["random", "public", "weights", "gradients_unprotected"])
 
 
 def core(layer: str) -> str:
@@ -124,6 +126,23 @@ def test_the_start_is_the_best_rank_r_part_of_the_first_step() -> None:
     assert float(tree.norm(played.states[0].trained)) > 0
     zero = play(FedSB("gradients_unprotected"), make(), 1).states[-1]
     assert not any(bool(zero.trained[core(layer)].any()) for layer in LAYERS)
+
+
+def test_public_data_give_the_first_step_to_rank_r() -> None:
+    """SB3 for ``public``."""
+    toy, strategy = make(), FedSB("public", first_step=0.3)
+    state = strategy.init(toy.problem())
+    for layer, (_, r, *_) in LAYERS.items():
+        step = -0.3 * torch.sign(toy.public_gradients()[layer])
+        left = toy.update(strategy.adapter(state), layer) - step
+        tail = torch.linalg.svdvals(step)[r:]
+        assert float(left.norm()) == pytest.approx(float(tail.norm()), rel=1e-9, abs=1e-12)
+
+
+def test_without_public_data_the_public_start_is_refused_by_name() -> None:
+    problem = replace(make().problem(), public_gradients=Problem.public_gradients)
+    with pytest.raises(FedpeftError, match=r"data\.public"):
+        FedSB("public").init(problem)
 
 
 def test_weights_start_from_the_leading_singular_vectors() -> None:
