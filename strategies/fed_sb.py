@@ -51,7 +51,7 @@ class FedSB(Strategy[State]):
     first_step: float = 0.0
 
     def init(self, problem: Problem) -> State:
-        trained, frozen = dict(problem.initial), {}
+        trained, frozen = dict(problem.initial), Tree()
         seed, known = derive(problem.seed, "fed_sb"), self.start != "gradients_unprotected"
         for layer, (name_a, name_b) in fresh_pairs(problem.initial, "fed_sb").items():
             frozen |= {name: trained.pop(name) for name in (name_a, name_b)}

@@ -20,6 +20,7 @@ from fedpeft.data.clients import Clients
 from fedpeft.engine import RoundReport, play_round
 from fedpeft.errors import QuorumError
 from fedpeft.federation import Failure
+from fedpeft.strategies.fedask import FedASK
 from fedpeft.strategies.fedavg import FedAvg, State
 from fedpeft.strategies.local import Local
 from fedpeft.strategy import Cohort, Messages, Strategy, build
@@ -185,6 +186,43 @@ def test_too_few_replies_end_the_run_with_reasons_and_keep_the_state() -> None:
     with pytest.raises(QuorumError, match=r"round 1: 3 valid replies of 4.*c1: NaN.*quorum"):
         play_round(Spoiler(), begin, tiny.federation(Spoiler()), rounds, 0, 1)
     assert all(torch.equal(before[n], begin.adapter[n]) for n in before)
+
+
+@dataclass(frozen=True)
+class Halting(FedASK):
+    """FedASK whose client c1 fails in the second exchange."""
+
+    def train(self, messages: Messages, cohort: Cohort) -> Messages:
+        if "basis" in messages.trees and "c1" in cohort.clients:
+            raise OSError("gone")
+        return super().train(messages, cohort)
+
+
+def test_who_fails_in_a_second_exchange_is_out_of_the_round_and_of_the_next_one_not() -> None:
+    rounds = Rounds(count=2)
+    tiny = Tiny(rounds=rounds)
+    federation = tiny.federation(Halting())
+    state, reports = play(tiny, Halting(), federation, rounds)
+    other = Tiny(rounds=rounds)
+    _, clean = play(other, FedASK(), other.federation(FedASK()), rounds)
+    assert not state.basis
+    for report, whole in zip(reports, clean, strict=True):
+        assert list(report.excluded) == ["c1"] and report.replied == 3 and whole.replied == 4
+        assert report.down == whole.down, "it was sent both messages"
+        assert report.up["adapter"] < whole.up["adapter"], "its second reply never came"
+        assert math.isfinite(report.loss)
+    assert reports[0].loss == pytest.approx(clean[0].loss), "all four trained"
+    kept = federation.memory()
+    assert kept["c1"]["own"] and not any(kept[c]["own"] for c in kept if c != "c1")
+
+
+def test_a_quorum_that_is_missed_in_a_second_exchange_keeps_the_state() -> None:
+    rounds = Rounds(count=1, quorum=0.9)
+    tiny = Tiny(rounds=rounds)
+    begin = Halting().init(tiny.problem)
+    with pytest.raises(QuorumError, match=r"round 1: 3 valid replies of 4.*c1: OSError"):
+        play_round(Halting(), begin, tiny.federation(Halting()), rounds, 0, 1)
+    assert not begin.basis
 
 
 def test_private_memory_survives_rounds_in_which_a_client_is_absent() -> None:

@@ -3,8 +3,8 @@
     python experiments/studies/run.py STUDY [--jobs 2] [--only CELL ...] [--seeds 0 1 2]
 
 A study is a folder here: ``recipe.yaml``, what its cells have in common, and ``cells.json``, cell
--> what it changes, as ``key=value``. Every run is a line of ``results.jsonl`` there; runs that it has
-already are not made again, so that a study that was stopped goes on. ``environment.json`` says on
+-> what it changes, as ``key=value``. Every run is a line of ``results.jsonl`` there; runs that are
+there already are not made again, so a study that was stopped goes on. ``environment.json`` says on
 what it ran. ``table.py`` turns the lines into a table.
 """
 

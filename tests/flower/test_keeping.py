@@ -51,6 +51,9 @@ def gap(left: Tree, right: Tree) -> float:
     [
         {"name": "fedex_lora"},
         {"name": "flora", "ranks": [1, 2]},
+        {"name": "fedmomentum", "energy": 1.0},
+        {"name": "fed_plora", "ranks": [1, 2]},
+        {"name": "fedask"},
         {"name": "ravan"},
         {"name": "hetlora", "ranks": [1, 2]},
         {"name": "fed_sb", "start": "weights"},

@@ -73,9 +73,16 @@ def apart(found: tree.Tree, wanted: tree.Tree) -> float:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"name": "fedex_lora"}, {"name": "flora"}, {"name": "fed_sb", "start": "weights"}]
+    "settings",
+    [
+        {"name": "fedex_lora"},
+        {"name": "flora"},
+        {"name": "fed_sb", "start": "weights"},
+        {"name": "fedmomentum", "energy": 1.0},
+        {"name": "fedask"},
+    ],
 )
-def test_what_clients_keep_goes_with_their_shard(files: Path, settings: dict[str, str]) -> None:
+def test_what_clients_keep_goes_with_their_shard(files: Path, settings: dict[str, Any]) -> None:
     """Clients miss rounds and change worker; base, books and memory are one process's."""
     prepared = prepare(recipe(files, **settings))
     at = WorkersFederation(prepared, FakePool(prepared, 3))
