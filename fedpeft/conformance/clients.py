@@ -210,25 +210,30 @@ def _others_unchanged(
 def private_memory_is_its_owners_alone(strategy: Strategy[Any]) -> str:
     """NaN, and 5 times the value, in one client's memory: others' replies and adapters stay.
 
-    Bit by bit, in round 2, for every client in turn; marks in memory must reach nobody else.
+    Bit by bit, in each exchange of round 2, for every client in turn; marks in memory must reach
+    nobody else.
     """
     if not strategy.remembers:
         raise NotApplicable("clients keep no memory")
     toy = toy_for(strategy)
     state = play(strategy, toy, rounds=1).states[-1]
-    memory = {client: dict(own) for client, own in toy.memory.items()}
-    wanted = used_by(strategy, toy, state, 2)
-    one = replied(strategy, toy, state, 2)
-    for mark in (float("nan"), 5.0):
-        for bad in toy.clients:
-            toy.memory = {c: dict(own) for c, own in memory.items()}
-            toy.memory[bad] = {n: tree.scale(t, mark) for n, t in memory[bad].items()}
-            found = used_by(strategy, toy, state, 2)
-            for other in set(toy.clients) - {bad}:
-                same = equal(found[other], wanted[other])
-                require(same, f"the adapter of {other} depends on the memory of {bad}")
-            two = replied(strategy, toy, state, 2)
-            _others_unchanged(one, two, bad, f"the memory of {bad}")
+    for number in range(strategy.exchanges):
+        memory = {client: dict(own) for client, own in toy.memory.items()}
+        wanted = {} if number else used_by(strategy, toy, state, 2)
+        one = replied(strategy, toy, state, 2)
+        after = toy.memory
+        for mark in (float("nan"), 5.0):
+            for bad in toy.clients:
+                toy.memory = {c: dict(own) for c, own in memory.items()}
+                toy.memory[bad] = {n: tree.scale(t, mark) for n, t in memory[bad].items()}
+                found = {} if number else used_by(strategy, toy, state, 2)
+                for other in found.keys() - {bad}:
+                    same = equal(found[other], wanted[other])
+                    require(same, f"the adapter of {other} depends on the memory of {bad}")
+                two = replied(strategy, toy, state, 2)
+                _others_unchanged(one, two, bad, f"the memory of {bad}")
+        toy.memory = after
+        state = strategy.receive(state, iter(one.values()))
     return f"{len(toy.clients)} clients in turn"
 
 

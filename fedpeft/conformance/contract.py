@@ -140,6 +140,24 @@ def replies_are_what_was_announced(strategy: Strategy[Any]) -> str:
     return f"trees {', '.join(sorted(played.replies[0].trees)) or '(none)'}"
 
 
+def the_base_changes_as_declared(strategy: Strategy[Any]) -> str:
+    """``base`` changes LoRA layers only, in their shape, and only where ``folds`` says so.
+
+    Without ``folds`` nobody has checked that the frozen weights can take a change and give it back.
+    """
+    toy, changed = toy_for(strategy), 0
+    for number, state in enumerate(play(strategy, toy, present=some).states):
+        base = strategy.base(state)
+        require(strategy.folds or not base, f"folds=False, but after round {number} base changes")
+        for layer, change in base.items():
+            require(layer in toy.scaling, f"base names {layer!r}, which is no LoRA layer")
+            wanted, got = tuple(toy.weight(layer).shape), tuple(change.shape)
+            require(got == wanted, f"the base's change of {layer} is {got}, not {wanted}")
+        _finite(f"the base after round {number}", base)
+        changed += bool(base)
+    return f"changed after {changed} of 3 rounds"
+
+
 def nothing_given_is_written_to(strategy: Strategy[Any]) -> str:
     """State, messages, replies and the initial adapter have the same bits after every verb.
 
@@ -332,6 +350,7 @@ PROPERTIES = (
     the_adapter_names_every_trainable_tensor,
     messages_are_stacked,
     replies_are_what_was_announced,
+    the_base_changes_as_declared,
     nothing_given_is_written_to,
     a_resume_goes_on_bit_by_bit,
     equal_runs_are_equal_bit_by_bit,

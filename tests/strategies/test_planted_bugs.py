@@ -14,6 +14,7 @@ from fedpeft.conformance import PROPERTIES, Property, agrees_with, check, client
 from fedpeft.conformance.finding import examine
 from fedpeft.strategy import Strategy
 from tests.strategies.planted_clients import Alone, Clients, Frozen, Private, Pulled, Table
+from tests.strategies.planted_folders import Folder, HidesFolding, HidesKeeping, Twice
 from tests.strategies.planted_servers import (
     Claim,
     ClaimsExact,
@@ -119,6 +120,20 @@ BUGS: list[tuple[Strategy[Any], Property]] = [
     (Private("a head travels"), clients.private_memory_does_not_travel),
     (Private("the neighbour's head"), clients.private_memory_is_its_owners_alone),
     (Private("anchors from outside"), clients.the_size_of_stacks_changes_nothing),
+    (Folder("transposed residual"), rule.exact_as_declared),
+    (Folder("s forgotten in the residual"), rule.exact_as_declared),
+    (Folder("residual taken away"), rule.exact_as_declared),
+    (Folder("the last residual only"), rule.exact_as_declared),
+    (Folder("trains on the old base"), rule.one_client_is_local_training),
+    (Folder("measured on the old base"), clients.personal_adapters_are_complete),
+    (Folder("all are held to have followed"), clients.personal_adapters_are_complete),
+    (Folder("a group is forgotten"), contract.messages_are_stacked),
+    (Folder("a group twice"), contract.messages_are_stacked),
+    (HidesFolding(), contract.the_base_changes_as_declared),
+    (HidesKeeping(), contract.replies_are_what_was_announced),
+    (Twice("the neighbour's rest"), clients.private_memory_is_its_owners_alone),
+    (Twice("the second exchange is lost"), rule.one_client_is_local_training),
+    (Twice("the first exchange is lost"), rule.one_client_is_local_training),
     (Alone(), rule.one_client_is_local_training),
     (Mean("weights ignored in lora"), agrees_with(mean_rule)),
     (Pulled("pushes away"), agrees_with(proximal_rule)),
@@ -131,7 +146,10 @@ NEEDS_ORACLE = [
     (Momentum("beta squared"), Momentum(), momentum_rule),
 ]
 
-RIGHT = [Mean(), Claim(), Clients(), History(), Frozen(), Svd(), Momentum(), Table(), Private()]
+RIGHT = [
+    *(Mean(), Claim(), Clients(), History(), Frozen(), Svd(), Momentum(), Table(), Private()),
+    *(Folder(), Twice()),
+]
 
 
 def name(value: object) -> str:
@@ -147,7 +165,7 @@ def test_every_planted_bug_is_found(strategy: Strategy[Any], of: Property) -> No
 
 
 def test_there_are_at_least_20_bugs_each_another() -> None:
-    assert len(BUGS) >= 54
+    assert len(BUGS) >= 68
     assert len({repr(strategy) for strategy, _ in BUGS}) >= len(BUGS) - 1
     used = {of.__name__ for _, of in BUGS}
     assert len(used) >= 20, "the bugs need many properties, not one that refuses everything"
