@@ -12,17 +12,25 @@ from fedpeft.run import run
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted([*ROOT.glob("experiments/**/*.yaml"), *ROOT.glob("fedpeft/recipes/*.yaml")])
+STUDIES = ROOT / "experiments" / "studies"
+
+
+def name_of(path: Path) -> str:
+    """A study's recipe is named after its folder, any other after its file."""
+    return path.parent.name if STUDIES in path.parents else path.stem
 
 
 def test_all_recipes_are_here() -> None:
-    assert [path.stem for path in RECIPES] == ["banking77", "shakespeare", "quickstart"]
+    own = [path.stem for path in RECIPES if STUDIES not in path.parents]
+    assert own == ["banking77", "shakespeare", "quickstart"]
+    assert len(RECIPES) == len(own) + len(list(STUDIES.glob("*/recipe.yaml")))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_recipe_loads_and_names_itself(path: Path) -> None:
     recipe = load_recipe(str(path), [])
-    assert recipe.name == path.stem
-    assert recipe.output.folder == f"runs/{path.stem}"
+    assert recipe.name == name_of(path)
+    assert recipe.output.folder == f"runs/{name_of(path)}"
     assert path.read_text().startswith("# ")
 
 
