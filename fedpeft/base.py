@@ -54,10 +54,13 @@ def folded(network: Network, base: Tree) -> Iterator[None]:
                 weight.copy_(pristine[layer])
 
 
-def weight_of(network: Network, layer: str, update: Tensor) -> tuple[Tensor, bool]:
+def weight_of(
+    network: Network, layer: str, update: Tensor, changes: bool = True
+) -> tuple[Tensor, bool]:
     """A LoRA layer's own weight, and whether it is held as ``[d_in, d_out]``: by type, not shape.
 
-    Raises FedpeftError unless it is a float32 matrix of the update's shape that nobody shares.
+    Raises FedpeftError unless it is a matrix of the update's shape that nobody shares, and float32
+    if the strategy ``changes`` it or takes its gradient; to be read, 16 bits will do.
     """
     module = dict(network.model.named_modules()).get(layer)
     inner = module.get_base_layer() if isinstance(module, LoraLayer) else None
@@ -72,10 +75,11 @@ def weight_of(network: Network, layer: str, update: Tensor) -> tuple[Tensor, boo
     shape = tuple(weight.shape[::-1]) if transposed else tuple(weight.shape)
     if tuple(update.shape) != shape:
         raise FedpeftError(f"the change of {layer!r} has shape {tuple(update.shape)}, not {shape}")
-    if weight.dtype != torch.float32:
+    if weight.dtype != torch.float32 and (changes or not weight.is_floating_point()):
         raise FedpeftError(
-            f"the strategy adds small changes to the frozen weight of {layer!r}, which is held in "
-            f"{weight.dtype} and would lose them: set local.precision=fp32 and model.quantize=none."
+            f"the strategy adds small changes to the frozen weight of {layer!r}, or takes its "
+            f"gradient, and it is held in {weight.dtype}, too coarse for either: set "
+            f"local.precision=fp32 and model.quantize=none."
         )
     names = [n for n, p in network.model.named_parameters(remove_duplicate=False) if p is weight]
     if len(names) > 1:
@@ -89,9 +93,10 @@ def weight_of(network: Network, layer: str, update: Tensor) -> tuple[Tensor, boo
 def pretrained(network: Network, layer: str) -> Tensor:
     """A LoRA layer's own weight ``[d_out, d_in]``: a copy, float32, on the CPU."""
     rows, columns = _size(network, layer)
-    weight, transposed = weight_of(network, layer, torch.empty(rows, columns, device="meta"))
+    like = torch.empty(rows, columns, device="meta")
+    weight, transposed = weight_of(network, layer, like, changes=False)
     found = weight.detach().mT if transposed else weight.detach()
-    return found.cpu().clone(memory_format=torch.contiguous_format)
+    return found.cpu().float().clone(memory_format=torch.contiguous_format)
 
 
 def gradients_by_weight(network: Network, losses: Iterable[Sums]) -> Tree:

@@ -164,6 +164,7 @@ def test_what_cannot_be_changed_exactly_is_refused() -> None:
     net.model.get_submodule(layer).get_base_layer().to(torch.bfloat16)  # type: ignore[operator]
     with pytest.raises(FedpeftError, match=r"bfloat16.*local\.precision=fp32.*quantize"):
         check_foldable(net, "fedex_lora")
+    assert pretrained(net, layer).dtype == torch.float32, "to be read, 16 bits will do"
     with pytest.raises(FedpeftError, match=r"'fedex_lora'.*lora_A.*adapter\.kind=lora"):
         check_foldable(tiny_network({"kind": "ia3"}), "fedex_lora")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -44,9 +45,10 @@ def test_every_cell_is_a_recipe_that_loads(name: str) -> None:
 @pytest.mark.parametrize("name", DONE)
 def test_the_table_in_the_readme_is_that_of_the_results(name: str) -> None:
     table, text = script("table"), (STUDIES / name / "README.md").read_text()
-    asked = next(line for line in text.splitlines() if "table.py" in line).split()
+    asked = shlex.split(next(ln for ln in text.splitlines() if "table.py" in ln).strip("`"))
     against = asked[asked.index("--against") + 1] if "--against" in asked else "fedavg"
-    for line in table.rows_of(table.read(name), against.strip("'\"`"), 10):
+    clients = int(asked[asked.index("--clients") + 1]) if "--clients" in asked else 10
+    for line in table.rows_of(table.read(name), against, clients):
         assert "| " + " | ".join(line) + " |" in text
 
 
@@ -78,7 +80,7 @@ def test_a_run_gives_a_line_and_the_table_its_mean_and_spread(
     other = {**lines[0], "seed": 9, "changes": ["local.lr=1"]}
     text = "".join(json.dumps(line) + "\n" for line in [*lines, other])
     (tmp_path / "study" / "results.jsonl").write_text(text)
-    rows = table.rows_of(table.read("study"), "fedavg", 4)
+    _, *rows = table.rows_of(table.read("study"), "fedavg", 4)
     assert [row[0] for row in rows] == ["untrained", "fedavg", "frozen"]
     assert [row[2] for row in rows] == ["2", "2", "2"], "a run of other settings does not count"
     assert rows[2][3], "the difference to fedavg, seed by seed"

@@ -71,8 +71,12 @@ def main() -> None:
         for cell, changes in cells.items()
         if (not asked.only or cell in asked.only) and (cell, seed, *changes) not in done
     ]
-    with ProcessPoolExecutor(asked.jobs, get_context("spawn")) as pool:
-        for ready in as_completed([pool.submit(play, *one) for one in waiting]):
+    with ProcessPoolExecutor(asked.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+        runs = {pool.submit(play, *one): one for one in waiting}
+        for ready in as_completed(runs):
+            if (error := ready.exception()) is not None:  # the others go on, and are kept
+                print(*runs[ready][1:], f"FAILED: {type(error).__name__}: {error}", flush=True)
+                continue
             line = ready.result()
             with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -36,24 +36,34 @@ def read(study: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def rows_of(runs: dict[str, list[dict[str, Any]]], against: str, clients: int) -> list[list[str]]:
-    """The lines of the table: the references first, then the cells."""
+    """The lines of the table: its head, the references of the first cell, then the cells."""
     first = next(iter(runs.values()))
+    personal = any(run["clients"] for run in first)
     rest = {n for run in first for n in run["accuracy"] if n != "own"}
-    lines = [
-        [n, spread([r["accuracy"][n] for r in first]), str(len(first)), "", "", ""]
-        for n in ("untrained", "local", "centralised")
-        if n in rest
-    ]
+    lines = [["cell", "accuracy %", "seeds", f"less {against}", "MB down", "MB up"]]
+    for who in ("untrained", "local", "centralised"):
+        if who in rest:
+            own = spread([r["accuracy"][who] for r in first])
+            lines.append([who, own, str(len(first)), "", "", ""])
+            if personal:
+                lines[-1].insert(2, spread([r["clients"][who] for r in first]))
     base = {r["seed"]: r["accuracy"]["own"] for r in runs.get(against, [])}
-    for cell, own in runs.items():
-        gains = [r["accuracy"]["own"] - base[r["seed"]] for r in own if r["seed"] in base]
+    for cell, own_runs in runs.items():
+        gains = [r["accuracy"]["own"] - base[r["seed"]] for r in own_runs if r["seed"] in base]
         down, up = (
-            statistics.mean(sum(r[f"bytes_{way}"].values()) for r in own) / clients / 1e6
+            statistics.mean(sum(r[f"bytes_{way}"].values()) for r in own_runs) / clients / 1e6
             for way in ("down", "up")
         )
-        accuracy = spread([r["accuracy"]["own"] for r in own])
+        accuracy = spread([r["accuracy"]["own"] for r in own_runs])
         gain = spread(gains) if gains and cell != against else ""
-        lines.append([cell, accuracy, str(len(own)), gain, f"{down:.2f}", f"{up:.2f}"])
+        sent = [f"{down:.2f}", f"{up:.2f}"]
+        if "strategy.name=centralised" in own_runs[0]["changes"]:
+            sent = ["", ""]
+        lines.append([cell, accuracy, str(len(own_runs)), gain, *sent])
+        if personal:
+            lines[-1].insert(2, spread([r["clients"]["own"] for r in own_runs]))
+    if personal:
+        lines[0].insert(2, "on own hold-outs %")
     return lines
 
 
@@ -63,10 +73,8 @@ def main() -> None:
     parser.add_argument("--against", default="fedavg")
     parser.add_argument("--clients", type=int, default=10, help="to divide the bytes by")
     asked = parser.parse_args()
-    head = ["cell", "accuracy %", "seeds", f"less {asked.against}", "MB down", "MB up"]
-    table = [head, ["---"] * len(head)]
-    table += rows_of(read(asked.study), asked.against, asked.clients)
-    for line in table:
+    head, *table = rows_of(read(asked.study), asked.against, asked.clients)
+    for line in (head, ["---"] * len(head), *table):
         print("| " + " | ".join(line) + " |")
 
 
