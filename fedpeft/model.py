@@ -170,7 +170,11 @@ def adapter_config(settings: Mapping[str, Any], task: Task) -> peft.PeftConfig:
     kind = str(settings.get("kind", "lora")).lower()
     if kind not in kinds:
         raise FedpeftError(f"adapter.kind={kind!r} does not exist. {suggest(kind, kinds)}")
-    own = {key: value for key, value in settings.items() if key not in ("kind", "start")}
+    own = {key: value for key, value in settings.items() if key not in ("kind", "start", "head")}
+    if settings.get("head", "trained") not in ("trained", "frozen"):
+        raise FedpeftError(
+            f"adapter.head={settings['head']!r}: must be trained, or frozen as the seed drew it."
+        )
     known = set(inspect.signature(kinds[kind]).parameters)
     for key in own:
         if key not in known:
@@ -188,7 +192,9 @@ def adapter_config(settings: Mapping[str, Any], task: Task) -> peft.PeftConfig:
 def attach(base: nn.Module, settings: Mapping[str, Any], task: Task, seed: int) -> nn.Module:
     """Wraps ``base`` with the adapter, initialised from the seed.
 
-    Raises FedpeftError when the base has none of the target modules.
+    ``settings["head"]`` says whether a classifier's new head is ``trained``, the default, or
+    ``frozen`` as the seed drew it, the same for everybody. Raises FedpeftError when the base has
+    none of the target modules.
     """
     config = adapter_config(settings, task)
     tuners.note_limits(config)
@@ -211,11 +217,23 @@ def attach(base: nn.Module, settings: Mapping[str, Any], task: Task, seed: int) 
                 f"adapter.target_modules must name modules of the model; it has the linear modules "
                 f"{', '.join(sorted(leaves)) or '(none)'}."
             ) from error
+    if settings.get("head", "trained") == "frozen":
+        _freeze_head(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     tuners.answer_task(model)
     return model
+
+
+def _freeze_head(model: nn.Module) -> None:
+    heads = [own for name, own in model.named_parameters() if ".modules_to_save." in name]
+    if not heads:
+        raise FedpeftError(
+            "adapter.head=frozen, but peft trains no head beside this adapter: leave it out."
+        )
+    for parameter in heads:
+        parameter.requires_grad_(False)
 
 
 def set_mode(model: nn.Module, training: bool, base_dropout: bool) -> None:

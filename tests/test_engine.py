@@ -13,12 +13,12 @@ import torch
 
 from fedpeft import tree
 from fedpeft.cohort.federation import CohortFederation
-from fedpeft.cohort.lanes import LoopLane
+from fedpeft.cohort.lanes import FoldLane, LoopLane
 from fedpeft.comms.ledger import message_bytes
 from fedpeft.config import Rounds, Sampling
 from fedpeft.data.clients import Clients
 from fedpeft.engine import RoundReport, play_round
-from fedpeft.errors import QuorumError
+from fedpeft.errors import FedpeftError, QuorumError
 from fedpeft.federation import Failure
 from fedpeft.strategies.fedask import FedASK
 from fedpeft.strategies.fedavg import FedAvg, State
@@ -65,6 +65,32 @@ def test_cohort_equals_sequential(
     begin = strategy.adapter(strategy.init(tiny.problem))
     assert relative(found[1], found[0]) < 1e-5 and relative(found[2], found[0]) < 1e-5
     assert relative(found[0], begin) > 1e-3
+
+
+def test_a_frozen_head_is_the_seeds_and_does_not_travel() -> None:
+    """Batched as one by one; the head keeps its bits; another seed draws another."""
+    frozen = {**LORA, "head": "frozen"}
+    found, heads = [], []
+    for lane in (LoopLane, FoldLane):
+        tiny = Tiny(adapter=frozen)
+        own = {n: p for n, p in tiny.network.model.named_parameters() if ".modules_to_save." in n}
+        before = {name: value.detach().clone() for name, value in own.items()}
+        state, reports = play(tiny, FedAvg(), tiny.federation(FedAvg(), 3, lane), tiny.rounds)
+        assert before and all(torch.equal(before[n], p) for n, p in own.items())
+        assert not any("modules_to_save" in name for name in state.adapter)
+        assert not any(r.up.get("head") or r.down.get("head") for r in reports)
+        found.append(state.adapter)
+        heads.append(before)
+    assert relative(found[1], found[0]) < 1e-5
+    other = Tiny(adapter=frozen, seed=1).network.model.named_parameters()
+    assert any(not torch.equal(heads[0][n], p) for n, p in other if n in heads[0])
+    digests = {Tiny(adapter=frozen, seed=seed).network.digest for seed in (0, 1)}
+    assert len(digests) == 2, "parties with another head must not train together"
+
+
+def test_a_head_that_is_not_there_cannot_be_frozen() -> None:
+    with pytest.raises(FedpeftError, match=r"adapter\.head='sometimes'"):
+        Tiny(adapter={**LORA, "head": "sometimes"})
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not() -> None:
