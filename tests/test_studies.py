@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedpeft.config import Engine
+from fedpeft.config import Engine, Evaluation
 from fedpeft.config_load import dump_recipe, load_recipe
 from tests.tiny import tiny_recipe, write_tiny
 
@@ -60,7 +60,8 @@ def test_a_run_gives_a_line_and_the_table_its_mean_and_spread(
         monkeypatch.setattr(module, "HERE", tmp_path)
     write_tiny(tmp_path)
     (tmp_path / "study").mkdir()
-    recipe = replace(tiny_recipe(tmp_path), engine=Engine(device="cpu"), baselines=())
+    recipe = replace(tiny_recipe(tmp_path), engine=Engine(device="cpu"))
+    recipe = replace(recipe, baselines=(), evaluation=Evaluation(clients=False))
     (tmp_path / "study" / "recipe.yaml").write_text(dump_recipe(recipe))
     cells = {"fedavg": ["baselines=[untrained]"], "frozen": ["strategy.name=ffa_lora"]}
     (tmp_path / "study" / "cells.json").write_text(json.dumps(cells))
