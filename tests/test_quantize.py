@@ -32,10 +32,8 @@ CPU = torch.device("cpu")
 ALL = ["q_proj", "v_proj", "down_proj"]
 LORA: dict[str, Any] = {"kind": "lora", "r": 4, "lora_alpha": 16, "target_modules": ALL}
 
-with_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None,
-    reason="bitsandbytes, of 60 MB, is an extra: pip install 'fedpeft[quantize]'",
-)
+absent = importlib.util.find_spec("bitsandbytes") is None
+with_bitsandbytes = pytest.mark.skipif(absent, reason="60 MB: pip install 'fedpeft[quantize]'")
 
 
 def llama() -> LlamaForCausalLM:

@@ -72,7 +72,12 @@ def _public(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Exampl
         return None
     from fedpeft.data.sources import load_rows
 
-    rows = load_rows(replace(data, test=data.public), seed).test
+    try:
+        rows = load_rows(replace(data, test=data.public), seed).test
+    except FedpeftError as error:
+        raise FedpeftError(
+            f"data.public={data.public!r} is read as a second test split would be: {error}"
+        ) from None
     assert rows is not None, "a split that was named is read or refused"
     return _encode(rows, data, tokenizer, "public").examples
 
