@@ -81,13 +81,16 @@ class Sampling:
     """Which clients take part in a round.
 
     kind: ``uniform`` (a ``fraction`` of the clients, without replacement), ``fixed`` (``size``
-    clients, without replacement) or ``poisson`` (each independently with probability ``rate``).
+    clients, without replacement), ``poisson`` (each independently with probability ``rate``) or
+    ``cyclic`` (the clients in ``groups``, drawn once, which take turns: nobody takes part twice
+    within ``groups`` rounds).
     """
 
-    kind: Literal["uniform", "fixed", "poisson"] = "uniform"
+    kind: Literal["uniform", "fixed", "poisson", "cyclic"] = "uniform"
     fraction: float = 1.0
     size: int = 10
     rate: float = 0.1
+    groups: int = 10
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,81 @@ class Local:
     clip_per: Literal["client", "example"] = "client"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     base_dropout: bool = False
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """Differential privacy: who is protected, and how.
+
+    unit: ``record`` (one example: every client trains with DP-SGD) or ``client`` (all data of one
+    client: its update is clipped, the mean of the updates noised). epsilon: the budget of the whole
+    run, for which the noise multiplier is found; or noise_multiplier itself (0: not given), the
+    standard deviation of the noise in units of the sensitivity. delta: must be below one over the
+    number of what is protected. clip_norm: the Euclidean bound on an example's gradient, or on a
+    client's update. max_rounds: rounds that a client may take part in (0: all of the run); the
+    budget is spread over so many, and the ledger lets nobody take part in more. accountant: which
+    one finds and checks (``pld`` needs dp-accounting). randomness: ``secure``, or ``seeded``, which
+    can be repeated and voids the guarantee.
+
+    Of unit ``client``: noise is added by the ``server``, by each ``client`` in full (local
+    differential privacy), or as ``shares`` that add up (needs secure_aggregation). adaptive: the
+    bound follows the ``quantile`` of the clients' norms at ``clip_rate``. bands: of correlated
+    noise by banded matrix factorisation (0: independent noise; -1: as many as the sampling's
+    groups).
+    """
+
+    unit: Literal["none", "record", "client"] = "none"
+    epsilon: float = 0.0
+    noise_multiplier: float = 0.0
+    delta: float = 1e-5
+    clip_norm: float = 1.0
+    max_rounds: int = 0
+    accountant: Literal["prv", "rdp", "pld"] = "prv"
+    randomness: Literal["secure", "seeded"] = "secure"
+    noise: Literal["server", "client", "shares"] = "server"
+    adaptive: bool = False
+    quantile: float = 0.5
+    clip_rate: float = 0.2
+    bands: int = 0
+
+
+@dataclass(frozen=True)
+class SecureAggregation:
+    """Secure aggregation: the server learns the sum of the clients' updates and no single one.
+
+    on: use it. clip_norm: bound on an update where privacy does not set one. bits: of the sums'
+    arithmetic, 32 or 64. threshold: share of a round's clients that must stay to the end.
+    """
+
+    on: bool = False
+    clip_norm: float = 10.0
+    bits: int = 64
+    threshold: float = 0.67
+
+
+@dataclass(frozen=True)
+class Robust:
+    """A rule in place of the clients' mean, against faulty or hostile ones; see fedpeft.robust.
+
+    rule: which. attackers: how many of a round's clients it is to withstand. trim: share cut from
+    each end by ``trimmed_mean``. keep: updates that ``multi_krum`` averages (0: all but the
+    attackers). clip_norm: bound of ``norm_clip`` (0: the median of the norms).
+    """
+
+    rule: Literal[
+        "none",
+        "norm_clip",
+        "median",
+        "trimmed_mean",
+        "krum",
+        "multi_krum",
+        "bulyan",
+        "geometric_median",
+    ] = "none"
+    attackers: int = 0
+    trim: float = 0.2
+    keep: int = 0
+    clip_norm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -204,6 +282,9 @@ class Recipe:
     strategy: dict[str, Any] = field(default_factory=lambda: {"name": "fedavg"})
     rounds: Rounds = field(default_factory=Rounds)
     local: Local = field(default_factory=Local)
+    privacy: Privacy = field(default_factory=Privacy)
+    secure_aggregation: SecureAggregation = field(default_factory=SecureAggregation)
+    robust: Robust = field(default_factory=Robust)
     evaluation: Evaluation = field(default_factory=Evaluation)
     baselines: tuple[Literal["untrained", "local", "centralised"], ...] = (
         "untrained",

@@ -24,6 +24,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from fedpeft import strategy as strategies
 from fedpeft.config import Data, Engine, Model, Recipe
+from fedpeft.config_privacy import check_privacy
 from fedpeft.errors import FedpeftError, suggest
 
 Layer = dict[str, Any]
@@ -47,6 +48,7 @@ _ABOVE_0 = _Rule("above 0 and finite", lambda v: 0 < v < math.inf)
 _BELOW_1 = _Rule("at least 0 and below 1", lambda v: 0 <= v < 1)
 _SHARE = _Rule("above 0 and at most 1", lambda v: 0 < v <= 1)
 _UNIT = _Rule("at least 0 and at most 1", lambda v: 0 <= v <= 1)
+_INSIDE = _Rule("above 0 and below 1", lambda v: 0 < v < 1)
 _FILLED = _Rule("not empty", lambda v: bool(v.strip()))
 
 _RULES = {
@@ -69,6 +71,7 @@ _RULES = {
     "rounds.sampling.fraction": _SHARE,
     "rounds.sampling.size": _FROM_1,
     "rounds.sampling.rate": _SHARE,
+    "rounds.sampling.groups": _FROM_1,
     "rounds.quorum": _UNIT,
     "rounds.failure_rate": _BELOW_1,
     "local.lr": _ABOVE_0,
@@ -80,6 +83,17 @@ _RULES = {
     "local.accumulate": _FROM_1,
     "local.warmup": _BELOW_1,
     "local.clip_norm": _FINITE,
+    "privacy.epsilon": _FINITE,
+    "privacy.noise_multiplier": _FINITE,
+    "privacy.delta": _INSIDE,
+    "privacy.clip_norm": _ABOVE_0,
+    "privacy.max_rounds": _FROM_0,
+    "privacy.quantile": _INSIDE,
+    "privacy.clip_rate": _ABOVE_0,
+    "privacy.bands": _Rule("at least -1", lambda v: v >= -1),
+    "secure_aggregation.clip_norm": _ABOVE_0,
+    "secure_aggregation.bits": _Rule("32 or 64", lambda v: v in (32, 64)),
+    "secure_aggregation.threshold": _Rule("above 0.5 and at most 1", lambda v: 0.5 < v <= 1),
     "evaluation.every": _FROM_1,
     "evaluation.most": _FROM_0,
     "evaluation.local_test": _FROM_0,
@@ -181,6 +195,7 @@ def check(recipe: Recipe) -> None:
             "partition.clients=0 must be at least 1; only partition.kind=natural takes 0 (all)."
         )
     _check_engine(recipe.engine)
+    check_privacy(recipe)
     if not _DEVICE.fullmatch(recipe.engine.device):
         raise FedpeftError(
             f"engine.device={recipe.engine.device!r} must be auto, cpu, cuda or cuda:N."

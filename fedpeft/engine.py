@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from fedpeft.config import Rounds
 from fedpeft.errors import QuorumError
 from fedpeft.federation import Federation
 from fedpeft.intake import Intake
+from fedpeft.postprocess import NOTHING, Postprocessor
 from fedpeft.strategy import Messages, Strategy, addressed
 from fedpeft.tree import Tree
 
@@ -40,6 +42,21 @@ class RoundReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Seam:
+    """What a round does beside its strategy.
+
+    post: what is done to messages (the server's half). names: who takes part, sorted, where it is
+    not for the recipe's seed to say.
+    """
+
+    post: Postprocessor = NOTHING
+    names: tuple[str, ...] | None = None
+
+
+PLAIN = Seam()
+
+
 def play_round(
     strategy: Strategy[Any],
     state: Any,
@@ -47,25 +64,35 @@ def play_round(
     rounds: Rounds,
     seed: int,
     number: int,
+    seam: Seam = PLAIN,
 ) -> tuple[Any, RoundReport]:
     """One round: the state after it and what happened. ``number`` counts from 1.
 
-    A round that Poisson sampling leaves empty keeps the state. Raises QuorumError when fewer valid
-    replies come back than ``rounds.quorum`` of the clients sampled; the state is then unchanged.
+    seam: what is done to messages beside the algorithm, and, where the seed may not decide it, who
+    takes part. A round that sampling leaves empty keeps the state, unless the seam releases
+    something all the same. Raises QuorumError when fewer valid replies come back than
+    ``rounds.quorum`` of the clients sampled; the state is then unchanged.
     """
     began = time.perf_counter()
-    names = sampling.draw(rounds.sampling, federation.clients(), seed, number)
+    names = seam.names
+    if names is None:
+        names = sampling.draw(rounds.sampling, federation.clients(), seed, number)
     lost = sampling.draw_failures(rounds.failure_rate, names, seed, number)
     if not names:
+        after = _nobody(strategy, state, federation, number, seam)
         empty = RoundReport(number, (), (), {}, 0, math.nan, {}, {}, time.perf_counter() - began)
-        return state, empty
+        return after, empty
     after, books = state, _Books({}, {}, dict.fromkeys(sorted(lost), "dropped out"))
+    fewest = max(1, math.ceil(rounds.quorum * len(names)))
     asked: tuple[str, ...] = names
     for _ in range(strategy.exchanges):
-        sent = addressed(strategy, after, number, asked)
-        after, intake = _exchange(strategy, after, federation, rounds, number, books.out(sent))
+        sent = [seam.post.announce(one) for one in addressed(strategy, after, number, asked)]
+        going = books.out(sent)
+        intake = intake_of(strategy, going, federation.clients(), rounds)
+        replies = intake.stream(federation.run(number, *going) if going else iter(()))
+        after = _received(strategy, after, sent, replies, seam.post)
         books.back(intake)
-        if intake.replied < max(1, math.ceil(rounds.quorum * len(names))):
+        if intake.replied < fewest:
             raise QuorumError(_short(number, names, intake.replied, rounds, books.lost))
         asked = tuple(name for name in names if name not in books.lost)
     report = RoundReport(
@@ -113,22 +140,33 @@ def _add(books: Bytes, more: Bytes) -> None:
         books[kind] = books.get(kind, 0) + size
 
 
-def _exchange(
+def _received(
     strategy: Strategy[Any],
     state: Any,
-    federation: Federation,
-    rounds: Rounds,
-    number: int,
-    stacks: Sequence[Messages],
-) -> tuple[Any, Intake]:
-    """The state after the replies to ``stacks``, and what the intake counted."""
-    intake = intake_of(strategy, stacks, federation.clients(), rounds)
-    stream = intake.stream(federation.run(number, *stacks) if stacks else iter(()))
+    sent: Sequence[Messages],
+    replies: Iterator[Messages],
+    post: Postprocessor,
+) -> Any:
+    """The state after the replies to ``sent``."""
+    stream = iter(post.enter(sent, strategy.expects(sent[0][0]), replies))
     first = list(islice(stream, 1))
     after = strategy.receive(state, _chain(first, stream)) if first else state
-    for _ in stream:  # whatever the strategy left unread still counts in the books
+    for _ in itertools.chain(stream, replies):  # what is left unread still counts in the books
         pass
-    return after, intake
+    return after
+
+
+def _nobody(
+    strategy: Strategy[Any], state: Any, federation: Federation, number: int, seam: Seam
+) -> Any:
+    """The state after a round in which nobody was drawn."""
+    if not seam.post.always:
+        return state
+    somebody = next(iter(federation.clients()))
+    for _ in range(strategy.exchanges):
+        sent = [seam.post.announce(o) for o in addressed(strategy, state, number, (somebody,))]
+        state = _received(strategy, state, sent, iter(()), seam.post)
+    return state
 
 
 def intake_of(

@@ -31,7 +31,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Summary:
-    """The end of a run: the table's rows in order, rounds done, where the adapter is."""
+    """The end of a run: the table's rows in order, rounds done, where the adapter is.
+
+    privacy: the privacy statement, line by line; empty without privacy.
+    """
 
     task: str
     rows: tuple[Outcome, ...]
@@ -41,6 +44,7 @@ class Summary:
     folder: str
     adapter: str
     seconds: float
+    privacy: tuple[str, ...] = ()
 
 
 class Watcher:

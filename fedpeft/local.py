@@ -21,16 +21,13 @@ from fedpeft.cohort.optimizer import RowOptimizer
 from fedpeft.cohort.per_example import step_function
 from fedpeft.cohort.turns import IDLE, Turn, turns
 from fedpeft.config import Local
+from fedpeft.privacy.record_level import NoisySteps
+from fedpeft.steps import steps_of
 from fedpeft.strategy import Adjust, Expand, Fit
 from fedpeft.tree import Layout, Tree
 
 FP16_SCALE = 2.0**14
 """First loss scale of a client under fp16; halved for that client when its gradient overflows."""
-
-
-def steps_of(examples: int, local: Local) -> int:
-    """Optimizer steps per round of a client with ``examples`` training examples."""
-    return local.steps or local.epochs * math.ceil(examples / (local.batch_size * local.accumulate))
 
 
 def batch_plan(train: np.ndarray, local: Local, seed: int, client: str, round: int) -> np.ndarray:
@@ -96,10 +93,12 @@ class Trainer:
         adjust: Adjust | None = None,
         own: Mapping[str, Tree] | None = None,
         expand: Expand | None = None,
+        noisy: NoisySteps | None = None,
     ) -> Fit:
         """Local training of K clients from ``start`` (stacked) along their batch plans.
 
-        plans: one ``[steps_k, B]`` per client. adjust, own, expand: as in ``Cohort.fit``.
+        plans: one ``[steps_k, B]`` per client. adjust, own, expand: as in ``Cohort.fit``. noisy:
+        step by DP-SGD; ``adjust`` then gets the noised gradient.
         """
         gradients = self.gradients.through(expand)
         device, local = gradients.device, gradients.local
@@ -107,14 +106,14 @@ class Trainer:
         clients = layout.pack(start).to(device, torch.float32)  # [K, P], where each client is now
         steps = torch.tensor([len(plan) for plan in plans])
         total = torch.zeros(len(plans), device=device)
-        rows, step = _Rows(clients, local), step_function(gradients)
+        rows, step = _Rows(clients, local), step_function(gradients, noisy)
         for turn, following in _with_next(
             turns(plans, self.width, gradients.lane.compiled != "none")
         ):
             rows.seat(turn, own or {})
             if following is not None and local.clip_per == "client":
                 gradients.loader.ahead(following.index)
-            gradient, losses = step(rows.matrix, layout, turn.index, rows.scale)
+            gradient, losses = step(rows.matrix, layout, turn, rows.scale)
             if local.clip_norm > 0 and local.clip_per == "client":
                 gradient = clip_rows(gradient, local.clip_norm)
             if adjust is not None:

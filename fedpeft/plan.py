@@ -9,9 +9,9 @@ import numpy as np
 from fedpeft import quantize, sampling
 from fedpeft.cohort.chunk import MemoryEstimate, estimate
 from fedpeft.comms.ledger import Bytes, message_bytes, stack_bytes
-from fedpeft.local import steps_of
 from fedpeft.model import kind_of
 from fedpeft.prepare import Prepared
+from fedpeft.steps import steps_of
 
 SOME = 1000
 """Clients whose data are read for the plan: every one, or every n-th."""

@@ -20,7 +20,7 @@ from fedpeft.cohort.federation import CohortFederation, Settings
 from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.lanes import Lane, LoopLane, speed_up
 from fedpeft.cohort.self_check import check_per_example
-from fedpeft.config import Recipe
+from fedpeft.config import Local, Privacy, Recipe, SecureAggregation
 from fedpeft.data.build import build_population, pool
 from fedpeft.data.clients import Clients, Population
 from fedpeft.data.store import is_store, verify_store
@@ -29,6 +29,10 @@ from fedpeft.data.stored import origin_of
 from fedpeft.errors import FedpeftError
 from fedpeft.metrics import client_sums
 from fedpeft.model import Network, attach, build_network, load_base, load_tokenizer, set_mode
+from fedpeft.postprocess import Chain
+from fedpeft.privacy.compatibility import check_compatible
+from fedpeft.privacy.record_level import RecordLevel
+from fedpeft.privacy.terms import Terms, terms_of
 from fedpeft.strategy import Problem, Strategy, build
 from fedpeft.tree import Tree
 
@@ -44,10 +48,24 @@ class Prepared:
     lane: Lane
     tokenizer: PreTrainedTokenizerBase
 
+    @cached_property
+    def terms(self) -> Terms | None:
+        """What privacy the run promises, and by which mechanism; None for none."""
+        sizes = self.population.clients.roster.numbers
+        return terms_of(self.recipe, sizes, self.strategy.exchanges)
+
+    @cached_property
+    def post(self) -> Chain:
+        """What is done to messages beside the algorithm."""
+        return Chain(() if self.terms is None else (self.terms.mechanism,))
+
     @property
     def settings(self) -> Settings:
         """What a client needs to train."""
-        return Settings(self.recipe.local, self.recipe.rounds, self.recipe.seed)
+        recipe, terms = self.recipe, self.terms
+        mechanism = None if terms is None else terms.mechanism
+        private = mechanism if isinstance(mechanism, RecordLevel) else None
+        return Settings(local_of(recipe), recipe.rounds, recipe.seed, private, self.post)
 
     @property
     def problem(self) -> Problem:
@@ -83,7 +101,7 @@ class Prepared:
     def gradients(self) -> Gradients:
         """The gradients of the clients' losses, under the recipe's local settings."""
         task, examples = self.population.task, self.population.examples
-        return Gradients(self.lane, task, examples, self.recipe.local, self.network.device)
+        return Gradients(self.lane, task, examples, local_of(self.recipe), self.network.device)
 
     @cached_property
     def chunk(self) -> int:
@@ -130,6 +148,15 @@ class Prepared:
         return dataclasses.replace(self.recipe, engine=engine)
 
 
+def local_of(recipe: Recipe) -> Local:
+    """Local training as it is done: private records are clipped one by one."""
+    if recipe.privacy.unit != "record":
+        return recipe.local
+    return dataclasses.replace(
+        recipe.local, clip_norm=recipe.privacy.clip_norm, clip_per="example"
+    )
+
+
 def device_of(name: str) -> torch.device:
     """The device of ``engine.device``. Raises FedpeftError when CUDA is asked for and absent."""
     if name == "auto":
@@ -164,6 +191,7 @@ def prepare(recipe: Recipe) -> Prepared:
     if recipe.engine.threads:
         torch.set_num_threads(recipe.engine.threads)
     strategy = build_strategy(recipe)
+    check_compatible(recipe, strategy)
     tokenizer = load_tokenizer(recipe.model, recipe.data.task)
     population = build_population(recipe.data, recipe.partition, tokenizer, recipe.seed)
     if strategy.pools:
@@ -186,7 +214,7 @@ def assemble(
     lane = LoopLane(network.model) if looped else choose_lane(network, population.examples)
     lane = speed_up(lane, recipe.engine)
     adapter = str(recipe.adapter.get("kind", "lora"))
-    check_per_example(network, lane, population.examples, recipe.local, adapter)
+    check_per_example(network, lane, population.examples, local_of(recipe), adapter)
     lane.set_precision(recipe.local.precision)
     if strategy.folds:
         check_foldable(network, str(recipe.strategy.get("name", "fedavg")))
@@ -220,7 +248,8 @@ def as_baseline(prepared: Prepared, name: str) -> Prepared:
     """The same model and data under another strategy (a reference such as ``local``).
 
     The reference gets the whole run's local training in one round, with every client that is
-    measured: as many passes as a client makes on average over the federated run.
+    measured: as many passes as a client makes on average over the federated run. It protects
+    nobody.
     """
     recipe = prepared.recipe
     strategy = build(name, {})
@@ -247,6 +276,12 @@ def as_baseline(prepared: Prepared, name: str) -> Prepared:
     )
     engine = dataclasses.replace(recipe.engine, chunk=prepared.chunk)
     changed = dataclasses.replace(
-        recipe, strategy={"name": name}, rounds=rounds, local=local, engine=engine
+        recipe,
+        strategy={"name": name},
+        rounds=rounds,
+        local=local,
+        engine=engine,
+        privacy=Privacy(),
+        secure_aggregation=SecureAggregation(),
     )
     return dataclasses.replace(prepared, recipe=changed, strategy=strategy, population=population)

@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fedpeft.baselines import baseline, clients_outcome, test_score
 from fedpeft.comms.ledger import Ledger
 from fedpeft.config import Recipe
 from fedpeft.config_load import dump_recipe, parse_recipe
-from fedpeft.engine import RoundReport, play_round
+from fedpeft.engine import RoundReport, Seam, play_round
 from fedpeft.errors import FedpeftError, QuorumError
 from fedpeft.evaluate import score
 from fedpeft.events import Outcome, Summary, Watcher
@@ -26,6 +27,7 @@ from fedpeft.metrics import Score
 from fedpeft.model import save_adapter
 from fedpeft.plan import make_plan
 from fedpeft.prepare import Prepared, prepare
+from fedpeft.privacy.guard import BudgetSpentError, Guard
 from fedpeft.record.checkpoint import Checkpoint, latest, save
 from fedpeft.record.folder import RunFolder
 from fedpeft.tree import Layout, Tree
@@ -43,9 +45,10 @@ def run(recipe: Recipe, watcher: Watcher) -> Summary:
     folder.describe(dump_recipe(prepared.resolved()), prepared.population.fingerprint)
     state = prepared.strategy.init(prepared.problem)
     extra = _extra(Ledger(), 0, 0, 0.0) | {"base": prepared.network.digest}
-    job = _Job(prepared, folder, watcher, Checkpoint(0, state, {}, extra))
-    job.save()
-    return job.go()
+    with guarded(prepared, folder) as guard:
+        job = _Job(prepared, folder, watcher, Checkpoint(0, state, {}, extra), guard)
+        job.save()
+        return job.go()
 
 
 def resume(path: str, watcher: Watcher) -> Summary:
@@ -64,10 +67,25 @@ def resume(path: str, watcher: Watcher) -> Summary:
             f"it was, or start a new run."
         )
     folder.metrics.truncate_after(checkpoint.round)
-    job = _Job(prepared, folder, watcher, checkpoint)
-    for text in [*warnings, f"resumed after round {checkpoint.round}"]:
-        job.note(checkpoint.round, text)
-    return job.go()
+    prepared.post.restore(checkpoint.extra.get("post", {}))
+    with guarded(prepared, folder) as guard:
+        job = _Job(prepared, folder, watcher, checkpoint, guard)
+        for text in [*warnings, f"resumed after round {checkpoint.round}"]:
+            job.note(checkpoint.round, text)
+        return job.go()
+
+
+@contextmanager
+def guarded(prepared: Prepared, folder: RunFolder) -> Iterator[Guard | None]:
+    """What lets clients into the rounds, and its ledger in the run folder; None without privacy."""
+    if prepared.terms is None:
+        yield None
+        return
+    guard = Guard(prepared.terms, folder.path / "privacy.jsonl", prepared.recipe)
+    try:
+        yield guard
+    finally:
+        guard.close()
 
 
 def _extra(ledger: Ledger, excluded: int, dropped: int, seconds: float) -> dict[str, Any]:
@@ -83,6 +101,7 @@ class _Job:
     folder: RunFolder
     watcher: Watcher
     at: Checkpoint[Any]
+    guard: Guard | None
     saved: int = field(default=-1)
 
     def go(self) -> Summary:
@@ -136,6 +155,8 @@ class _Job:
         try:
             for number in range(self.at.round + 1, count + 1):
                 self._round(federation, number)
+        except BudgetSpentError as end:
+            self.note(self.at.round, f"stopped before {end}")
         except (KeyboardInterrupt, QuorumError):
             self.save()
             raise
@@ -143,11 +164,15 @@ class _Job:
         return self._outcome(federation)
 
     def _round(self, federation: Federation, number: int) -> None:
-        recipe, strategy = self.prepared.recipe, self.prepared.strategy
-        names = sampling.draw(recipe.rounds.sampling, federation.clients(), recipe.seed, number)
+        recipe, strategy, sizes = self.prepared.recipe, self.prepared.strategy, federation.clients()
+        if self.guard is None:
+            names = sampling.draw(recipe.rounds.sampling, sizes, recipe.seed, number)
+        else:
+            names = self.guard.admit(number, sizes)
         self.watcher.round_began(number, len(names), self._tokens(names))
+        seam = Seam(self.prepared.post, names)
         state, report = play_round(
-            strategy, self.at.state, federation, recipe.rounds, recipe.seed, number
+            strategy, self.at.state, federation, recipe.rounds, recipe.seed, number, seam
         )
         self.at = Checkpoint(number, state, federation.memory(), self._books(report))
         due = number % recipe.evaluation.every == 0 or number == recipe.rounds.count
@@ -170,7 +195,7 @@ class _Job:
             before["excluded"] + len(report.excluded),
             before["dropped"] + len(report.dropped),
             before["seconds"] + report.seconds,
-        )
+        ) | {"post": self.prepared.post.memory()}
 
     def _test(self, state: Any) -> Score:
         prepared = self.prepared
@@ -228,6 +253,9 @@ class _Job:
             rows.append(row)
         order = ["untrained", "local", outcome.name, "centralised"]
         rows.sort(key=lambda row: order.index(row.name))
+        promise = None if self.guard is None else self.guard.statement()
+        if promise is not None:
+            self.folder.write("privacy.json", promise.as_dict())
         summary = Summary(
             task=self.prepared.population.task,
             rows=tuple(rows),
@@ -237,6 +265,7 @@ class _Job:
             folder=str(self.folder.path),
             adapter=str(self.folder.adapter) if adapter else "",
             seconds=time.perf_counter() - began,
+            privacy=() if promise is None else tuple(promise.lines()),
         )
         digest = "" if adapter is None else tree_digest(adapter)
         self.folder.metrics.append(

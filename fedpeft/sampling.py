@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
@@ -19,6 +19,11 @@ def check(sampling: Sampling, clients: int) -> None:
             f"rounds.sampling.size={sampling.size} but there are only {clients} clients: lower it, "
             f"raise partition.clients, or use rounds.sampling.kind=uniform."
         )
+    if sampling.kind == "cyclic" and sampling.groups > clients:
+        raise FedpeftError(
+            f"rounds.sampling.groups={sampling.groups} but there are only {clients} clients: lower "
+            f"it, or raise partition.clients."
+        )
 
 
 def expected(sampling: Sampling, clients: int) -> float:
@@ -27,18 +32,31 @@ def expected(sampling: Sampling, clients: int) -> float:
         return float(max(1, round(sampling.fraction * clients)))
     if sampling.kind == "fixed":
         return float(min(sampling.size, clients))
+    if sampling.kind == "cyclic":
+        return clients / sampling.groups
     return sampling.rate * clients
 
 
-def draw(sampling: Sampling, clients: Collection[str], seed: int, round_: int) -> tuple[str, ...]:
+def draw(
+    sampling: Sampling,
+    clients: Collection[str],
+    seed: int,
+    round_: int,
+    secret: Callable[[int], np.ndarray] | None = None,
+) -> tuple[str, ...]:
     """The clients of a round, sorted. Poisson sampling may draw none.
 
-    Of a ``Roster`` no more names are read than are drawn.
+    Of a ``Roster`` no more names are read than are drawn. secret: draws in place of the seed's
+    stream, ``count -> float64 [count]`` in (0, 1), where nobody may know who takes part.
     """
     names = clients.names if isinstance(clients, Roster) else sorted(clients)
     stream = streams.numpy_stream(seed, "sampling", round_)
     if sampling.kind == "poisson":
-        index = np.flatnonzero(stream.random(len(names)) < sampling.rate)
+        index = np.flatnonzero((secret or stream.random)(len(names)) < sampling.rate)
+    elif sampling.kind == "cyclic":
+        check(sampling, len(names))
+        order = streams.numpy_stream(seed, "sampling groups").permutation(len(names))
+        index = np.sort(order[(round_ - 1) % sampling.groups :: sampling.groups])
     else:
         check(sampling, len(names))
         size = int(expected(sampling, len(names)))

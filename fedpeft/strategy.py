@@ -266,6 +266,14 @@ class Strategy(ABC, Generic[S]):
     def adapter(self, state: S) -> Tree:
         """The global adapter that the state stands for: every trainable tensor of the model."""
 
+    def asks(self) -> frozenset[str]:
+        """What ``train`` asks of the clients' data beside ``fit``.
+
+        Of ``gradients``, ``losses`` and ``weight_gradients``, those that it may call with these
+        settings. No noise covers them.
+        """
+        return frozenset()
+
     def groups(self, state: S, clients: Sequence[str]) -> list[tuple[str, ...]]:
         """A round's clients, divided so that within a group messages have equal names and shapes.
 

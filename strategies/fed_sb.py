@@ -65,6 +65,10 @@ class FedSB(Strategy[State]):
         state = State(sort(trained), frozen, known, dict(problem.scaling), seed, {})
         return self._stepped(state, problem.public_gradients()) if self.start == "public" else state
 
+    def asks(self) -> frozenset[str]:
+        private = ("weight_gradients", "losses") if self.start == "gradients_unprotected" else ()
+        return frozenset(private)
+
     def groups(self, state: State, clients: Sequence[str]) -> list[tuple[str, ...]]:
         sent = state.held if self.start != "random" else {}
         return group_by(clients, lambda client: -sent.get(client, 0))

@@ -54,6 +54,9 @@ class LoraA2(Strategy[State]):
         if self.rank < 1:
             raise FedpeftError(f"strategy.rank={self.rank!r}: a client must train at least 1.")
 
+    def asks(self) -> frozenset[str]:
+        return frozenset({"gradients"})
+
     def init(self, problem: Problem) -> State:
         lora_pairs(problem.initial, "lora_a2")
         return State(problem.initial, dict(problem.scaling))

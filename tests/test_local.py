@@ -18,7 +18,8 @@ from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.lanes import FoldLane, LoopLane
 from fedpeft.cohort.loader import cuts
 from fedpeft.config import Local
-from fedpeft.local import Progress, Trainer, batch_plan, clip_rows, rate, steps_of
+from fedpeft.local import Progress, Trainer, batch_plan, clip_rows, rate
+from fedpeft.steps import steps_of
 from fedpeft.strategy import Fit
 from fedpeft.tree import Tree
 from tests.tiny import IA3, LORA, tiny_network, tiny_population

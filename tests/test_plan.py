@@ -10,7 +10,7 @@ import pytest
 from fedpeft.config import Engine, Output, Rounds, Sampling
 from fedpeft.engine import RoundReport
 from fedpeft.events import Watcher
-from fedpeft.local import steps_of
+from fedpeft.steps import steps_of
 from fedpeft.metrics import Score
 from fedpeft.plan import Plan, make_plan
 from fedpeft.prepare import prepare

@@ -14,9 +14,11 @@ from fedpeft.base import folded, gradients_by_weight
 from fedpeft.cohort.lanes import Lane, LoopLane
 from fedpeft.cohort.shelf import Shelf
 from fedpeft.data.clients import ClientData
+from fedpeft.errors import FedpeftError
 from fedpeft.local import Progress, Trainer, batch_plan
 from fedpeft.metrics import client_sums
 from fedpeft.model import Network
+from fedpeft.privacy.record_level import RecordLevel
 from fedpeft.strategy import Adjust, Cohort, Expand, Fit
 from fedpeft.tree import Layout, Tree, stack
 
@@ -26,10 +28,14 @@ Memory = dict[str, dict[str, Tree]]
 
 @dataclass(frozen=True)
 class RoundInfo:
-    """What a cohort knows of its place in the run; the seed fixes the batches."""
+    """What a cohort knows of its place in the run; the seed fixes the batches.
+
+    private: the clients train by DP-SGD, with batches and noise from it, and answer nothing else.
+    """
 
     progress: Progress
     seed: int
+    private: RecordLevel | None = None
 
 
 class TorchCohort(Cohort):
@@ -67,12 +73,11 @@ class TorchCohort(Cohort):
         base: Tree | None = None,
     ) -> Fit:
         self._place(start, fixed, expand)
-        local, info = self._trainer.gradients.local, self._info
-        plans = [
-            batch_plan(c.train, local, info.seed, c.name, info.progress.round) for c in self._data
-        ]
+        plans, noisy, progress = self._plans(), None, self._info.progress
+        if self._info.private is not None:
+            noisy = self._info.private.steps([len(client.train) for client in self._data])
         with folded(self._network, base or {}):
-            return self._trainer.fit(start, plans, info.progress, adjust, own, expand)
+            return self._trainer.fit(start, plans, progress, adjust, own, expand, noisy)
 
     def gradients(
         self,
@@ -82,6 +87,7 @@ class TorchCohort(Cohort):
         expand: Expand | None = None,
         base: Tree | None = None,
     ) -> Tree:
+        self._refuse_if_private("gradients")
         self._place(at, fixed, expand)
         gradients = self._trainer.gradients.through(expand)
         layout = Layout.of({name: value[0] for name, value in at.items()})
@@ -107,6 +113,7 @@ class TorchCohort(Cohort):
         expand: Expand | None = None,
         base: Tree | None = None,
     ) -> Tensor:
+        self._refuse_if_private("losses")
         self._place(at, fixed, expand)
         gradients = self._trainer.gradients.through(expand)
         placed = {name: value.to(self._device) for name, value in at.items()}
@@ -124,6 +131,7 @@ class TorchCohort(Cohort):
 
     def weight_gradients(self, at: Tree, *, fixed: Tree | None = None) -> Tree:
         """One client after another, whatever the lane."""
+        self._refuse_if_private("weight_gradients")
         self._place(at, fixed, None)
         lane, size = LoopLane(self._network.model), self._trainer.gradients.local.batch_size
         rows = []
@@ -153,6 +161,25 @@ class TorchCohort(Cohort):
     def kept(self, name: str, since: int) -> tuple[int, Tree]:
         version, value = self._shelf.kept(self.clients, name, since)
         return version, {key: tensor.to(self._device) for key, tensor in value.items()}
+
+    def _plans(self) -> list[np.ndarray]:
+        """The clients' batches of this round, of equal width."""
+        info, local = self._info, self._trainer.gradients.local
+        if info.private is None:
+            number = info.progress.round
+            return [batch_plan(c.train, local, info.seed, c.name, number) for c in self._data]
+        plans = [info.private.plan(client.train) for client in self._data]
+        width = max(plan.shape[1] for plan in plans)
+        return [
+            np.pad(plan, ((0, 0), (0, width - plan.shape[1])), constant_values=-1) for plan in plans
+        ]
+
+    def _refuse_if_private(self, what: str) -> None:
+        if self._info.private is not None:
+            raise FedpeftError(
+                f"privacy.unit=record, and the strategy asks for the clients' {what}, which no noise "
+                f"covers: use a strategy, or a setting of it, that learns from training alone."
+            )
 
     def _place(self, start: Tree, fixed: Tree | None, expand: Expand | None) -> None:
         """Checks that the trees make up the whole adapter, and writes the shared part."""

@@ -30,6 +30,8 @@ from fedpeft.federation import Failure
 from fedpeft.local import Progress, Trainer
 from fedpeft.metrics import Score
 from fedpeft.model import Network, set_mode
+from fedpeft.postprocess import NOTHING, Postprocessor
+from fedpeft.privacy.record_level import RecordLevel
 from fedpeft.strategy import Messages, Strategy
 from fedpeft.tree import Tree, broadcast
 
@@ -40,11 +42,16 @@ Work = Callable[[Messages, TorchCohort], Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What of the recipe a client needs to train: local settings, rounds, seed."""
+    """What of the recipe a client needs to train: local settings, rounds, seed, protection.
+
+    private: how clients train by DP-SGD. leaving: what is done to the messages that leave them.
+    """
 
     local: Local
     rounds: Rounds
     seed: int
+    private: RecordLevel | None = None
+    leaving: Postprocessor = NOTHING
 
 
 class CohortFederation:
@@ -195,7 +202,7 @@ class CohortFederation:
         own = [self._clients.find(name) for name in messages.clients]
         memory = {c.name: dict(self._memory.get(c.name, {})) for c in own}
         progress = Progress(round, self._settings.rounds.count)
-        info = RoundInfo(progress, self._settings.seed)
+        info = RoundInfo(progress, self._settings.seed, self._settings.private)
         trainer = Trainer(self._gradients, self._chunk, lambda k: self._done([messages.clients[k]]))
         kept = (memory, self._shelf)
         cohort = TorchCohort(self._network, trainer, own, info, self._weights(own), kept)
@@ -210,7 +217,7 @@ class CohortFederation:
 
     def _train(self, messages: Messages, cohort: TorchCohort) -> Messages:
         set_mode(self._network.model, True, self._settings.local.base_dropout)
-        return self._strategy.train(messages, cohort)
+        return self._settings.leaving.leave(messages, self._strategy.train(messages, cohort))
 
     def _score(self, messages: Messages, cohort: TorchCohort) -> dict[str, Score]:
         held = [self._clients.find(name).holdout for name in cohort.clients]

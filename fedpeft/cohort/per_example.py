@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +31,9 @@ from fedpeft.cohort.chunk import free_memory
 from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.lanes import LoopLane
 from fedpeft.cohort.loader import PASS_COST, cuts
+from fedpeft.cohort.turns import Turn
 from fedpeft.metrics import client_sums
+from fedpeft.privacy.record_level import NoisySteps
 from fedpeft.tree import Layout, Tree
 
 NUMBERS = {"cpu": 2**27, "cuda": 2**30}
@@ -49,8 +52,8 @@ RESCALE = 2.0**-7
 Weigh = Callable[[Tensor, Tensor], Tensor]
 """``(norms [n], positions in the index [n]) -> weights [n]`` of the examples' gradients."""
 
-StepFunction = Callable[[Tensor, Layout, np.ndarray, Tensor], tuple[Tensor, Tensor]]
-"""``Gradients.step`` and ``PerExample.step``."""
+StepFunction = Callable[[Tensor, Layout, Turn, Tensor], tuple[Tensor, Tensor]]
+"""As ``Gradients.step``, of a turn."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,18 @@ class PerExample:
         mean = losses / (counts - found.skipped).clamp(min=1)
         return self._gradients.regularise(matrix, layout, gradient, mean)
 
+    def noisy_step(
+        self, noisy: NoisySteps, matrix: Tensor, layout: Layout, turn: Turn, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As ``step``, by DP-SGD: noised sums over expected numbers of examples.
+
+        The losses are NaN: they depend on private data, and no noise covers them.
+        """
+        found = self.clipped(matrix, layout, turn.index, scale)
+        gradient = noisy.release(found.total, turn.clients)
+        unknown = gradient.new_full((len(turn.index),), math.nan)
+        return self._gradients.regularise(matrix, layout, gradient, unknown)
+
     def clipped(self, matrix: Tensor, layout: Layout, index: np.ndarray, scale: Tensor) -> Clipped:
         """Sums of the gradients of the clients' examples, each clipped to ``local.clip_norm``.
 
@@ -330,10 +345,19 @@ class PerExample:
         return torch.from_numpy(numbers).to(self.device)
 
 
-def step_function(gradients: Gradients) -> StepFunction:
-    """What gives a step's gradients under the recipe's local settings."""
+def step_function(gradients: Gradients, noisy: NoisySteps | None = None) -> StepFunction:
+    """What gives a step's gradients under the recipe's local settings, noised if asked for."""
     clips = gradients.local.clip_norm > 0 and gradients.local.clip_per == "example"
-    return PerExample(gradients).step if clips else gradients.step
+    if noisy is not None:
+        return partial(PerExample(gradients).noisy_step, noisy)
+    step = PerExample(gradients).step if clips else gradients.step
+
+    def of_turn(
+        matrix: Tensor, layout: Layout, turn: Turn, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return step(matrix, layout, turn.index, scale)
+
+    return of_turn
 
 
 def _squares(gradient: Tensor) -> Tensor:

@@ -1,0 +1,119 @@
+"""What goes together: strategy x protection, as code. Every cell is played in a test or refused.
+
+From what a strategy declares (``linear``, ``folds``, ``asks``), never from its name, so that a user's
+own strategy has its row too. ``docs/compatibility.md`` is written by ``table``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fedpeft.config import Recipe
+from fedpeft.errors import FedpeftError
+from fedpeft.strategy import Strategy, available, build
+
+Refusal = str
+"""Why not, and what to use instead; empty where it goes."""
+
+
+def record_level(strategy: Strategy[Any]) -> Refusal:
+    """``privacy.unit=record``: DP-SGD in each client; whatever follows is post-processing."""
+    asked = sorted(strategy.asks())
+    if asked:
+        return (
+            f"it asks clients for their {' and '.join(asked)}, which no noise covers: use a setting "
+            f"or a strategy that learns from training alone"
+        )
+    return ""
+
+
+def client_level(strategy: Strategy[Any]) -> Refusal:
+    """``privacy.unit=client`` with noise by the server, by shares or by each client."""
+    if strategy.pools:
+        return "all data lie with one party, so there is no client to protect: use unit=record"
+    if not strategy.linear:
+        return f"{_why_individual(strategy)}, and the noise is on their mean: use unit=record"
+    return ""
+
+
+def secure_aggregation(strategy: Strategy[Any]) -> Refusal:
+    """``secure_aggregation.on``: the server learns the sum of the updates alone."""
+    if strategy.pools:
+        return "there is only one party: nothing is aggregated"
+    if not strategy.linear:
+        return f"{_why_individual(strategy)}, and only their sum is seen: use a linear strategy"
+    return ""
+
+
+def robust_rule(strategy: Strategy[Any]) -> Refusal:
+    """``robust.rule``: one update in place of the clients' mean."""
+    if strategy.pools:
+        return "there is only one party: nothing is aggregated"
+    if not strategy.linear:
+        return f"{_why_individual(strategy)}, and a rule leaves one update: use a linear strategy"
+    return ""
+
+
+COLUMNS: dict[str, Callable[[Strategy[Any]], Refusal]] = {
+    "record": record_level,
+    "client": client_level,
+    "secure aggregation": secure_aggregation,
+    "robust rule": robust_rule,
+}
+"""Column of the table -> its judgement."""
+
+
+def check_compatible(recipe: Recipe, strategy: Strategy[Any]) -> None:
+    """Raises FedpeftError for a recipe whose strategy and protections do not go together."""
+    privacy, name = recipe.privacy, str(recipe.strategy.get("name"))
+    asked = {
+        "privacy.unit=record": privacy.unit == "record" and record_level(strategy),
+        "privacy.unit=client": privacy.unit == "client" and client_level(strategy),
+        "secure_aggregation.on": recipe.secure_aggregation.on and secure_aggregation(strategy),
+        f"robust.rule={recipe.robust.rule}": recipe.robust.rule != "none" and robust_rule(strategy),
+    }
+    for key, refusal in asked.items():
+        if refusal:
+            raise FedpeftError(f"{key} with strategy.name={name!r}: {refusal}.")
+    if recipe.robust.rule == "none":
+        return
+    for key, on, why in (
+        ("secure_aggregation.on", recipe.secure_aggregation.on, SUMS),
+        ("privacy.unit=client", privacy.unit == "client", UNBOUNDED),
+    ):
+        if on:
+            raise FedpeftError(f"robust.rule={recipe.robust.rule} with {key}: {why}.")
+
+
+SUMS = "a robust rule compares the clients' updates, and only their sum is seen: use one of the two"
+UNBOUNDED = (
+    "how far one client moves a robust rule's result has no useful bound, so no noise is made for it: "
+    "use robust.rule=none, or privacy.unit=record"
+)
+
+
+def _why_individual(strategy: Strategy[Any]) -> str:
+    if strategy.folds:
+        return "its server needs the product of every client's own factors"
+    if not strategy.shares:
+        return "its clients send nothing that is averaged"
+    return "its server needs every client's own reply"
+
+
+def table() -> str:
+    """The table of ``docs/compatibility.md``, Markdown: every shipped strategy by every column."""
+    lines = [
+        f"| strategy | {' | '.join(COLUMNS)} |",
+        f"| --- |{' --- |' * len(COLUMNS)}",
+    ]
+    notes: dict[str, int] = {}
+    for name in sorted(available()):
+        cells = []
+        for judge in COLUMNS.values():
+            refusal = judge(build(name, {}))
+            mark = f"no [{notes.setdefault(refusal, len(notes) + 1)}]" if refusal else "yes"
+            cells.append(mark)
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    marks = [f"{number}. {text[0].upper()}{text[1:]}." for text, number in notes.items()]
+    return "\n".join([*lines, "", *marks]) + "\n"

@@ -1,0 +1,147 @@
+"""The privacy statement of a run: what is promised, to whom, on which assumptions, and what is not.
+
+Made from the terms and the ledger; printed at the end, kept in the run folder as ``privacy.json``,
+and its terms compared on resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from fedpeft.config import Recipe
+from fedpeft.privacy.accountants import epsilon
+from fedpeft.privacy.client_level import ClientLevel
+from fedpeft.privacy.ledger import Ledger
+from fedpeft.privacy.terms import Terms
+
+_RELATION = {
+    "record": "one example of one client more or less",
+    "client": "one client's update replaced by zero",
+}
+_SAMPLED = {
+    "poisson": "each client takes part in a round by an independent secret draw; the guarantee is "
+    "for readers of the released adapters, who do not learn who took part",
+    "cap": "nobody takes part in more than {rounds} rounds, which sampler and ledger see to; no "
+    "amplification is claimed from sampling clients",
+    "each": "nothing is assumed of who takes part; every round that a client took part in counts",
+}
+_TRUSTED = {
+    "record": "nobody but the client itself: noise is added before anything leaves it",
+    "server": "the server, which sees single updates before it adds the noise",
+    "client": "nobody but the client itself: noise is added before its update leaves it",
+    "shares": "secure aggregation: fewer than its threshold of clients and the server together",
+}
+NOT_COVERED = (
+    "who takes part in which round, unless by secret draws",
+    "how many examples or clients there are",
+    "figures measured on clients' own data, such as hold-out scores, and test scores where the test "
+    "set is made of the clients' hold-outs",
+    "the search for hyper-parameters: every further run on the same data adds to what is spent",
+    "the pretrained model, taken to be public",
+    "what the finite precision of float64 noise may give away (Mironov, CCS 2012)",
+)
+
+
+@dataclass(frozen=True)
+class Statement:
+    """See the module. epsilon: largest, median and least over those charged; inf: no promise.
+
+    second: the largest epsilon by RDP, an independent and looser accountant. terms: what a resume
+    must not change. void: why the figures promise nothing; empty if they do.
+    """
+
+    unit: str
+    relation: str
+    epsilon: tuple[float, float, float]
+    second: float
+    delta: float
+    accountant: str
+    charged: int
+    sampled: str
+    trusted: str
+    mechanism: str
+    initialisation: str
+    terms: Mapping[str, object]
+    void: str
+    not_covered: tuple[str, ...] = NOT_COVERED
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """As text, line by line."""
+        highest, middle, lowest = self.epsilon
+        figures = f"epsilon {highest:.2f} at delta {self.delta:g}"
+        if self.charged > 1:
+            figures += f" for the worst of {self.charged} clients (median {middle:.2f}, least {lowest:.2f})"
+        void = [f"VOID: {self.void}"] if self.void else []
+        return [
+            *void,
+            f"protects: {self.unit}s ({self.relation})",
+            f"promise: {figures}; accountant {self.accountant}, by RDP {self.second:.2f}",
+            f"mechanism: {self.mechanism}",
+            f"participation: {self.sampled}",
+            f"trusted: {self.trusted}",
+            f"start: {self.initialisation}",
+            *(f"not covered: {text}" for text in self.not_covered),
+        ]
+
+
+def terms_as_dict(terms: Terms, recipe: Recipe) -> dict[str, object]:
+    """What of the terms must not change within a run."""
+    return {**asdict(recipe.privacy), "rounds": terms.rounds, "sampled": terms.sampled}
+
+
+def statement(terms: Terms, recipe: Recipe, ledger: Ledger) -> Statement:
+    """The statement about what the ledger has been charged so far."""
+    privacy = recipe.privacy
+    spent = ledger.epsilons() or [(0.0, 1)]
+    events = {ledger.spent(client) for client in ledger.clients()}
+    second = max((epsilon(event, terms.delta, "rdp") for event in events), default=0.0)
+    by_client = isinstance(terms.mechanism, ClientLevel)
+    seeded = privacy.randomness == "seeded"
+    return Statement(
+        unit=terms.unit,
+        relation=_RELATION[terms.unit],
+        epsilon=(spent[0][0], _middle(spent), spent[-1][0]),
+        second=second,
+        delta=terms.delta,
+        accountant=privacy.accountant,
+        charged=1 if terms.everyone else sum(count for _, count in spent),
+        sampled=_SAMPLED[terms.sampled].format(rounds=terms.rounds),
+        trusted=_TRUSTED[privacy.noise if by_client else "record"],
+        mechanism=_mechanism(terms, recipe),
+        initialisation="nothing of the clients' data is in the start of the run; nothing is charged",
+        terms=terms_as_dict(terms, recipe),
+        void="the noise follows from the recipe's seed (privacy.randomness=seeded), so whoever knows "
+        "the seed can take it away" if seeded else "",
+    )
+
+
+def _middle(spent: Sequence[tuple[float, int]]) -> float:
+    """The (upper) median of (value, how often), largest value first."""
+    half = (sum(count for _, count in spent) + 1) // 2
+    for value, count in spent:
+        half -= count
+        if half <= 0:
+            return value
+    raise ValueError("the median of nothing is undefined")
+
+
+def _mechanism(terms: Terms, recipe: Recipe) -> str:
+    privacy, mechanism = recipe.privacy, terms.mechanism
+    if not isinstance(mechanism, ClientLevel):
+        return (
+            f"DP-SGD in each client: Poisson batches, gradients clipped to {privacy.clip_norm:g} over "
+            f"all trainable tensors, noise by ChaCha20, expected batch size below"
+        )
+    how = f"multiplier {mechanism.noise_multiplier:.4g}, updates clipped to {privacy.clip_norm:g}"
+    if mechanism.adaptive is not None:
+        how += f" at first, then to their {mechanism.adaptive.quantile:g}-quantile (noised)"
+    if mechanism.bands is not None:
+        return f"noise correlated over {mechanism.bands.bands} rounds (banded matrix), {how}"
+    where = {"server": "by the server", "client": "by each client", "shares": "in shares"}
+    return f"Gaussian noise {where[privacy.noise]}, {how}, expected number of clients below"
+
