@@ -124,11 +124,12 @@ def trimmed_mean(updates: Tensor, trim: float) -> Tensor:
 
 
 def krum_scores(distances: Tensor, attackers: int) -> Tensor:
-    """Each row's sum of squared distances to its n - f - 2 nearest others, at least one: ``[n]``.
+    """Each row's sum of squared distances to its n - f - 2 nearest others: ``[n]``.
 
     distances: squared, ``[n, n]``. Blanchard et al., NeurIPS 2017 (arXiv 1703.02757).
     """
-    nearest = max(1, len(distances) - attackers - 2)
+    Robust("krum", attackers=attackers).check(len(distances))
+    nearest = len(distances) - attackers - 2
     others = distances.clone().fill_diagonal_(torch.inf)
     return others.sort(dim=1).values[:, :nearest].sum(dim=1)
 
@@ -162,20 +163,18 @@ def multi_krum(
 def bulyan(updates: Tensor, attackers: int, distances: Tensor | None = None) -> Tensor:
     """Per coordinate the mean of the n - 4f values nearest the median of n - 2f chosen updates.
 
-    El Mhamdi et al., ICML 2018 (arXiv 1802.07927); n >= 4f + 3. Updates are chosen by
-    Krum, one after another, each among those that are left. Of values equally near the smaller
+    El Mhamdi et al., ICML 2018 (arXiv 1802.07927); n >= 4f + 3. Of values equally near the smaller
     counts. O(n^2 P).
+
+    Chosen are those of lowest ``krum_scores`` among all n. The paper chooses one after another by
+    Krum among those that are left: its last scores are of f - 1 neighbours or one, which f
+    attackers at one point win, and in which near pairs tie, so that the order of rows decides.
     """
     Robust("bulyan", attackers=attackers).check(len(updates))
-    apart = _apart(updates, distances)
-    left = list(range(len(updates)))
-    chosen: list[int] = []
-    while len(chosen) < len(updates) - 2 * attackers:
-        at = torch.tensor(left, device=apart.device)
-        best = int(krum_scores(apart[at][:, at], attackers).argmin())
-        chosen.append(left.pop(best))
+    scores = krum_scores(_apart(updates, distances), attackers)
+    chosen = scores.sort(stable=True).indices[: len(updates) - 2 * attackers]
     found = _like(updates)
-    rows = torch.tensor(sorted(chosen), device=updates.device)
+    rows = chosen.to(updates.device)
     near = len(updates) - 4 * attackers
     for part, block in blocks(updates):
         values = block[rows].sort(dim=0).values
