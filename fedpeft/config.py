@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fedpeft.attacks.settings import Attack
+from fedpeft.robust.settings import Robust
+
 
 @dataclass(frozen=True)
 class Model:
@@ -189,31 +192,6 @@ class SecureAggregation:
 
 
 @dataclass(frozen=True)
-class Robust:
-    """A rule in place of the clients' mean, against faulty or hostile ones; see fedpeft.robust.
-
-    rule: which. attackers: how many of a round's clients it is to withstand. trim: share cut from
-    each end by ``trimmed_mean``. keep: updates that ``multi_krum`` averages (0: all but the
-    attackers). clip_norm: bound of ``norm_clip`` (0: the median of the norms).
-    """
-
-    rule: Literal[
-        "none",
-        "norm_clip",
-        "median",
-        "trimmed_mean",
-        "krum",
-        "multi_krum",
-        "bulyan",
-        "geometric_median",
-    ] = "none"
-    attackers: int = 0
-    trim: float = 0.2
-    keep: int = 0
-    clip_norm: float = 0.0
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """When and how the adapter is measured.
 
@@ -285,6 +263,7 @@ class Recipe:
     privacy: Privacy = field(default_factory=Privacy)
     secure_aggregation: SecureAggregation = field(default_factory=SecureAggregation)
     robust: Robust = field(default_factory=Robust)
+    attack: Attack = field(default_factory=Attack)
     evaluation: Evaluation = field(default_factory=Evaluation)
     baselines: tuple[Literal["untrained", "local", "centralised"], ...] = (
         "untrained",

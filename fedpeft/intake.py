@@ -26,7 +26,7 @@ class Intake:
     like: client -> the trees that its reply must hold, unstacked. weights: client -> its
     registered weight.
     excluded, up: as in RoundReport. replied: clients whose replies were valid. loss_sum,
-    weight_sum: of their losses times weights, and of their weights.
+    weight_sum: of their losses times weights, and of the weights of those that told a loss.
     """
 
     like: Mapping[str, Mapping[str, Tree]]
@@ -75,8 +75,8 @@ class Intake:
     def _count(self, good: Messages, clients: int) -> None:
         self.replied += clients
         weight = good.scalars["weight"]
-        self.weight_sum += float(weight.sum())
         if "loss" in good.scalars:
+            self.weight_sum += float(weight.sum())
             self.loss_sum += float((weight * good.scalars["loss"]).sum())
 
     def partial(self, replies: Iterable[Messages | Failure], name: str) -> Partial:

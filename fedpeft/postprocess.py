@@ -127,6 +127,18 @@ def applied(sent: Messages, moved: Mapping[str, Tree]) -> dict[str, Tree]:
     }
 
 
+def flat(trees: Mapping[str, Tree]) -> Tree:
+    """Several trees as one, each name behind its tree's."""
+    return {f"{part}/{name}": value for part, tree in trees.items() for name, value in tree.items()}
+
+
+def unflat(flat_: Tree, like: Mapping[str, Tree]) -> dict[str, Tree]:
+    """The opposite of ``flat``."""
+    return {
+        part: {name: flat_[f"{part}/{name}"] for name in tree} for part, tree in like.items()
+    }
+
+
 def _was(sent: Messages, part: str, name: str, shape: Sequence[int]) -> Tensor:
     """What was sent under a name, float64: as rows, one row if all are alike, or zero."""
     found = sent.trees.get(part, {}).get(name)

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedpeft import sampling
+from fedpeft.attacks.settings import Attack
+from fedpeft.attacks.tampering import attackers
 from fedpeft.base import check_foldable, gradients_by_weight, pretrained
 from fedpeft.cohort.choose import choose_lane
 from fedpeft.cohort.chunk import choose
@@ -22,18 +25,25 @@ from fedpeft.cohort.lanes import Lane, LoopLane, speed_up
 from fedpeft.cohort.self_check import check_per_example
 from fedpeft.config import Local, Privacy, Recipe, SecureAggregation
 from fedpeft.data.build import build_population, pool
-from fedpeft.data.clients import Clients, Population
+from fedpeft.data.clients import ClientData, Clients, Population
+from fedpeft.data.poison import poison
 from fedpeft.data.store import is_store, verify_store
 from fedpeft.data.store_writer import write_store
 from fedpeft.data.stored import origin_of
+from fedpeft.defence import Attackers, RobustRule
 from fedpeft.errors import FedpeftError
+from fedpeft.federation import Failure, Federation
 from fedpeft.metrics import client_sums
 from fedpeft.model import Network, attach, build_network, load_base, load_tokenizer, set_mode
-from fedpeft.postprocess import Chain
+from fedpeft.postprocess import Chain, Postprocessor
+from fedpeft.privacy.client_level import ClientLevel
 from fedpeft.privacy.compatibility import check_compatible
+from fedpeft.privacy.randomness import Randomness
 from fedpeft.privacy.record_level import RecordLevel
-from fedpeft.privacy.terms import Terms, terms_of
-from fedpeft.strategy import Problem, Strategy, build
+from fedpeft.privacy.terms import Terms, clipped_for_sums, terms_of
+from fedpeft.robust.settings import Robust
+from fedpeft.secure import SecureFederation
+from fedpeft.strategy import Messages, Problem, Strategy, build
 from fedpeft.tree import Tree
 
 
@@ -57,7 +67,52 @@ class Prepared:
     @cached_property
     def post(self) -> Chain:
         """What is done to messages beside the algorithm."""
-        return Chain(() if self.terms is None else (self.terms.mechanism,))
+        recipe, found = self.recipe, list[Postprocessor]()
+        if self.terms is not None:
+            found.append(self.terms.mechanism)
+        if recipe.secure_aggregation.on and recipe.privacy.unit != "client":
+            found.append(clipped_for_sums(recipe, Randomness.secure()))
+        if recipe.robust.rule != "none":
+            root = self._root if recipe.robust.rule == "fltrust" else None
+            found.append(RobustRule(recipe.robust, root))
+        if recipe.attack.kind != "none":
+            bad = attackers(recipe.attack, self.population.clients.names, recipe.seed)
+            found.append(Attackers(recipe.attack, bad, recipe.seed))
+        return Chain(tuple(found))
+
+    @property
+    def level(self) -> ClientLevel | None:
+        """What clips clients' updates, if anything does."""
+        return next((link for link in self.post.links if isinstance(link, ClientLevel)), None)
+
+    def secured(self, federation: Federation) -> Federation:
+        """The federation, under secure aggregation where the recipe asks for it."""
+        level, secure = self.level, self.recipe.secure_aggregation
+        if not secure.on or level is None:
+            return federation
+        equal = self.recipe.rounds.weighting == "equal"
+        return SecureFederation(federation, secure, level, equal)
+
+    def _root(self, sent: Messages) -> Messages:
+        """What training on the server's public examples makes of a message, as a client would."""
+        examples = self.population.public
+        if examples is None:
+            raise FedpeftError(
+                "robust.rule=fltrust compares updates with one that the server trains itself: name "
+                "a split that it owns with data.public, or take another rule."
+            )
+        everything = np.arange(len(examples), dtype=np.int64)
+        server = Clients.of([ClientData("server", everything, everything[:0])])
+        own = dataclasses.replace(self.population, examples=examples, clients=server)
+        settings = Settings(local_of(self.recipe), self.recipe.rounds, self.recipe.seed)
+        federation = CohortFederation(
+            self.network, self.lane, own, self.strategy, settings, 1, None
+        )
+        asked = Messages(("server",), sent.trees, sent.scalars, sent.blobs)
+        [reply] = federation.run(1, asked)
+        if isinstance(reply, Failure):
+            raise FedpeftError(f"robust.rule=fltrust: the server's own training failed: {reply.reason}")
+        return reply
 
     @property
     def settings(self) -> Settings:
@@ -194,6 +249,8 @@ def prepare(recipe: Recipe) -> Prepared:
     check_compatible(recipe, strategy)
     tokenizer = load_tokenizer(recipe.model, recipe.data.task)
     population = build_population(recipe.data, recipe.partition, tokenizer, recipe.seed)
+    bad = attackers(recipe.attack, population.clients.names, recipe.seed)
+    population = poison(population, recipe.attack, bad, recipe.seed)
     if strategy.pools:
         population = pool(population)
     else:
@@ -283,5 +340,7 @@ def as_baseline(prepared: Prepared, name: str) -> Prepared:
         engine=engine,
         privacy=Privacy(),
         secure_aggregation=SecureAggregation(),
+        robust=Robust(),
+        attack=Attack(),
     )
     return dataclasses.replace(prepared, recipe=changed, strategy=strategy, population=population)

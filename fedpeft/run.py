@@ -115,7 +115,8 @@ class _Job:
         elif self.prepared.workers > 1:
             outcome = self._on_workers()
         else:
-            outcome = self._federate(self.prepared.federation(self.watcher.chunk_done))
+            own = self.prepared.federation(self.watcher.chunk_done)
+            outcome = self._federate(self.prepared.secured(own))
         return self._finish(outcome, began)
 
     def _on_workers(self) -> Outcome:
@@ -123,7 +124,8 @@ class _Job:
         from fedpeft.workers.ray_pool import opened
 
         with opened(self.prepared) as pool:
-            return self._federate(WorkersFederation(self.prepared, pool, self.watcher.chunk_done))
+            workers = WorkersFederation(self.prepared, pool, self.watcher.chunk_done)
+            return self._federate(self.prepared.secured(workers))
 
     def _on_flower(self) -> Outcome:
         """The rounds on Flower's simulation; Flower and Ray are loaded only then."""

@@ -11,7 +11,9 @@ g as the mean update of a round, so only strategies that are linear in their rep
 
 Three places for the noise: the server adds N(0, (z S)^2) to the sum; or every client adds its share of
 it, N(0, (z S)^2 / m) with m the fewest replies that a round may have (needs secure aggregation); or
-every client adds N(0, (2 z S)^2), full noise for the replacement of its update (local).
+every client adds N(0, (2 z S)^2), full noise for the replacement of its update (local), where the
+mean is over who came. Where secure aggregation is all that is asked for, updates are clipped for it
+and nobody adds noise.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from torch import Tensor
 
 from fedpeft.errors import FedpeftError
 from fedpeft.message import Messages, Replies
-from fedpeft.postprocess import Postprocessor, applied, updates
+from fedpeft.postprocess import Postprocessor, applied, flat, unflat, updates
 from fedpeft.privacy.clipping import adapt, clip, split
 from fedpeft.privacy.matrix import coefficients, correlated, sensitivity
 from fedpeft.privacy.randomness import Randomness
-from fedpeft.tree import Layout, Tree, shared
+from fedpeft.tree import Layout, Tree, row, shared
 
 BOUND = "privacy.clip_norm"
 """The scalar that tells clients the bound, where it adapts."""
@@ -82,8 +84,19 @@ class ClientLevel(Postprocessor):
     randomness: Randomness
     adaptive: Adaptive | None = None
     bands: Bands | None = None
-    always: bool = field(default=True, init=False)
     past: list[Tensor] = field(default_factory=list, init=False)
+
+    @property
+    def always(self) -> bool:  # type: ignore[override]
+        return self.place == "server"
+
+    def reach(self, sent: Messages) -> float:
+        """No number of what leaves a client in reply to ``sent`` is larger, noise included.
+
+        Noise beyond 12 standard deviations, which has probability 1e-32, counts as impossible.
+        """
+        bound = self._bound(sent)
+        return bound + 12 * self._own_std(bound)
 
     def announce(self, sent: Messages) -> Messages:
         if self.adaptive is None:
@@ -92,33 +105,30 @@ class ClientLevel(Postprocessor):
         return Messages(sent.clients, sent.trees, {**sent.scalars, BOUND: bound}, sent.blobs)
 
     def leave(self, sent: Messages, reply: Messages) -> Messages:
-        bound = self.clip_norm
-        if BOUND in sent.scalars:
-            bound = float(sent.scalars[BOUND][0])
-        moved = updates(sent, reply)
-        layout = _layout(reply.trees)
-        rows, below = clip(layout.pack(_flat(moved)), bound * (1 - ROUNDING))
-        std = self._own_std(bound)
+        bound = self._bound(sent)
+        layout = Layout.of(row(flat(reply.trees), 0))
+        clipped = clip(layout.pack(flat(updates(sent, reply))), bound * (1 - ROUNDING))
+        rows, std = clipped.rows, self._own_std(bound)
         if std > 0:
             rows = rows + std * self.randomness.normal(*rows.shape).to(rows.device)
         scalars = {"weight": reply.scalars["weight"]}
         if self.adaptive is not None:
-            scalars[BELOW] = below.to("cpu", torch.float64)
-        trees = _unflat(layout.unpack(rows), reply.trees)
+            scalars[BELOW] = clipped.unclipped.to("cpu", torch.float64)
+        trees = unflat(layout.unpack(rows.float()), reply.trees)
         return Messages(reply.clients, trees, scalars)
 
     def enter(
         self, sent: Sequence[Messages], like: Mapping[str, Tree], replies: Replies
     ) -> Replies:
         self._check_alike(sent)
-        layout = _layout({part: _one_row(tree) for part, tree in like.items()})
+        layout = Layout.of(flat(like))
         total = torch.zeros(layout.size, dtype=torch.float64)
         came = below = 0.0
         for stack in replies:
-            rows = layout.pack(_flat(stack.trees)).cpu().double()
+            rows = layout.pack(flat(stack.trees)).cpu().double()
             weight = stack.scalars["weight"]
             if self.place == "server":
-                rows, _ = clip(rows, self.clip_norm)
+                rows = clip(rows, self.clip_norm).rows
             total += weight @ rows
             came += float(weight.sum())
             below += float(weight @ stack.scalars[BELOW]) if self.adaptive else 0.0
@@ -126,7 +136,10 @@ class ClientLevel(Postprocessor):
             total = total + self._noise(layout.size)
         if self.adaptive is not None:
             self._adapt(self.adaptive, below, came)
-        moved = _unflat(layout.unpack(total[None] / self.expected), like)
+        if not came and not self.always:
+            return
+        among = self.expected if self.place in ("server", "shares") else came
+        moved = unflat(layout.unpack(total[None] / among), like)
         trees = applied(sent[0].rows([0]), moved)
         ready = {
             part: {name: value.to(like[part][name].dtype) for name, value in tree.items()}
@@ -147,6 +160,10 @@ class ClientLevel(Postprocessor):
             self.clip_norm = float(memory["bound"]["clip_norm"])
         noise = memory.get("noise", {})
         self.past = [noise[name] for name in sorted(noise)]
+
+    def _bound(self, sent: Messages) -> float:
+        """The clip norm by which clients reply to ``sent``."""
+        return float(sent.scalars[BOUND][0]) if BOUND in sent.scalars else self.clip_norm
 
     def _own_std(self, bound: float) -> float:
         """Standard deviation of what a client adds to each number."""
@@ -171,7 +188,7 @@ class ClientLevel(Postprocessor):
                 f"and this strategy's rounds release {len(self.past[-1])} and {size} numbers: set "
                 f"privacy.bands=0, or use a strategy that trains the same tensors in every round."
             )
-        noise = correlated(fresh, self.past, coefficients(self.bands.bands))
+        noise = correlated(fresh, self.past, coefficients(self.bands.bands).tolist())
         self.past = [*self.past, noise][-max(1, self.bands.bands - 1) :]
         return std * self.bands.sensitivity * noise
 
@@ -191,21 +208,3 @@ class ClientLevel(Postprocessor):
                 "privacy.unit=client needs a strategy that sends all clients the same: the mean of "
                 "updates from different starts moves no common model. Use privacy.unit=record."
             )
-
-
-def _flat(trees: Mapping[str, Tree]) -> Tree:
-    return {f"{part}/{name}": value for part, tree in trees.items() for name, value in tree.items()}
-
-
-def _unflat(flat: Tree, like: Mapping[str, Tree]) -> dict[str, Tree]:
-    return {
-        part: {name: flat[f"{part}/{name}"] for name in tree} for part, tree in like.items()
-    }
-
-
-def _layout(stacked: Mapping[str, Tree]) -> Layout:
-    return Layout.of({name: value[0] for name, value in _flat(stacked).items()})
-
-
-def _one_row(tree: Tree) -> Tree:
-    return {name: value[None] for name, value in tree.items()}

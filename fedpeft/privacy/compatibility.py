@@ -16,6 +16,12 @@ from fedpeft.strategy import Strategy, available, build
 Refusal = str
 """Why not, and what to use instead; empty where it goes."""
 
+SUMS = "it works on single updates, and only their sum is seen: leave one of the two out"
+UNBOUNDED = (
+    "how far one client moves a robust rule's result has no useful bound, so no noise is made for "
+    "it: leave it out, or use privacy.unit=record"
+)
+
 
 def record_level(strategy: Strategy[Any]) -> Refusal:
     """``privacy.unit=record``: DP-SGD in each client; whatever follows is post-processing."""
@@ -76,21 +82,18 @@ def check_compatible(recipe: Recipe, strategy: Strategy[Any]) -> None:
     for key, refusal in asked.items():
         if refusal:
             raise FedpeftError(f"{key} with strategy.name={name!r}: {refusal}.")
-    if recipe.robust.rule == "none":
-        return
-    for key, on, why in (
-        ("secure_aggregation.on", recipe.secure_aggregation.on, SUMS),
-        ("privacy.unit=client", privacy.unit == "client", UNBOUNDED),
-    ):
-        if on:
-            raise FedpeftError(f"robust.rule={recipe.robust.rule} with {key}: {why}.")
-
-
-SUMS = "a robust rule compares the clients' updates, and only their sum is seen: use one of the two"
-UNBOUNDED = (
-    "how far one client moves a robust rule's result has no useful bound, so no noise is made for it: "
-    "use robust.rule=none, or privacy.unit=record"
-)
+    together = {
+        "secure_aggregation.on": recipe.secure_aggregation.on and SUMS,
+        "privacy.unit=client": privacy.unit == "client" and UNBOUNDED,
+    }
+    single = {
+        f"robust.rule={recipe.robust.rule}": recipe.robust.rule != "none",
+        f"attack.kind={recipe.attack.kind}": recipe.attack.kind != "none",
+    }
+    for this, on in single.items():
+        for other, refusal in together.items():
+            if on and refusal:
+                raise FedpeftError(f"{this} with {other}: {refusal}.")
 
 
 def _why_individual(strategy: Strategy[Any]) -> str:

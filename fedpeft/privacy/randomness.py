@@ -53,7 +53,8 @@ class Randomness:
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers, float64, on the CPU."""
         uniform = torch.from_numpy(self.uniform(math.prod(shape)))
-        return torch.special.ndtri(uniform).view(*shape)
+        found: Tensor = torch.special.ndtri(uniform)
+        return found.view(*shape)
 
     def _bytes(self, count: int) -> bytes:
         """The next stream's first ``count`` bytes."""

@@ -72,7 +72,7 @@ class RecordLevel(Postprocessor):
     ) -> None:
         self._privacy = privacy
         self._local = local
-        self._randomness = randomness
+        self.randomness = randomness
         self._rounds = rounds
         self._bounds = _grid(np.unique(sizes))
         self._found: dict[int, float] = {}
@@ -101,7 +101,7 @@ class RecordLevel(Postprocessor):
         Drawn from the secret randomness; B is the largest batch that came.
         """
         steps, rate = steps_of(len(train), self._local), self.rate(len(train))
-        batches = [train[self._randomness.uniform(len(train)) < rate] for _ in range(steps)]
+        batches = [train[self.randomness.uniform(len(train)) < rate] for _ in range(steps)]
         found = np.full((steps, max(1, *map(len, batches))), -1, dtype=np.int64)
         for step, batch in enumerate(batches):
             found[step, : len(batch)] = batch
@@ -113,7 +113,7 @@ class RecordLevel(Postprocessor):
             self._privacy.clip_norm,
             torch.tensor([self.multiplier(n) for n in sizes], dtype=torch.float64),
             torch.tensor([self.rate(n) * n for n in sizes], dtype=torch.float64),
-            self._randomness,
+            self.randomness,
         )
 
     def leave(self, sent: Messages, reply: Messages) -> Messages:

@@ -100,6 +100,12 @@ def randomness_of(recipe: Recipe) -> Randomness:
     return Randomness.secure()
 
 
+def clipped_for_sums(recipe: Recipe, randomness: Randomness) -> ClientLevel:
+    """What secure aggregation needs without client-level privacy: bounded updates, no noise."""
+    bound = recipe.secure_aggregation.clip_norm
+    return ClientLevel(bound, 0.0, 0.0, 1, "nobody", randomness)
+
+
 def _participation(recipe: Recipe) -> tuple[int, Literal["poisson", "cap", "each"]]:
     """The most rounds of one client, and the statement about who takes part."""
     rounds, privacy = recipe.rounds, recipe.privacy

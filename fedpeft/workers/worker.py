@@ -134,7 +134,8 @@ def _train(
 ) -> Iterator[Item]:
     """The shard's replies, or, for a linear strategy, what the round loop would make of them."""
     stream = federation.run(task.round, messages)
-    if not prepared.strategy.linear or prepared.strategy.keeps:  # who keeps what, it must know
+    single = prepared.post.individual or prepared.recipe.secure_aggregation.on
+    if single or not prepared.strategy.linear or prepared.strategy.keeps:  # it must know who keeps
         for reply in stream:
             yield pack_messages(reply) if isinstance(reply, Messages) else reply
         return
