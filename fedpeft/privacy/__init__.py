@@ -1,0 +1,1 @@
+"""Differential privacy without models: mechanisms as data, their accounting, the ledger."""
