@@ -25,6 +25,7 @@ Opacus and dp-accounting are imported at the first call that needs them: that ta
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,11 +38,11 @@ import numpy as np
 import torch
 
 from fedpeft.errors import FedpeftError, suggest
-from fedpeft.privacy.events import Event, flatten
+from fedpeft.privacy.events import Event, History, history
+
+log = logging.getLogger(__name__)
 
 Accountant: TypeAlias = Literal["prv", "pld", "rdp"]
-History: TypeAlias = tuple[tuple[tuple[float, float], int], ...]
-"""Sorted ((rate, noise multiplier), times); hashable, so results are cached by it."""
 
 _FAILURES = (ArithmeticError, ValueError, RuntimeError, IndexError, MemoryError)
 _LARGEST_EPSILON = 500.0  # exp(epsilon) overflows at 709
@@ -66,26 +67,27 @@ def epsilon(event: Event, delta: float, accountant: Accountant = "prv") -> float
     """
     check_delta(delta)
     check_accountant(accountant)
-    return epsilon_of(tuple(sorted(flatten(event).items())), delta, accountant)
+    return epsilon_of(history(event), delta, accountant)
 
 
 @lru_cache(maxsize=65_536)
-def epsilon_of(history: History, delta: float, accountant: Accountant) -> float:
+def epsilon_of(past: History, delta: float, accountant: Accountant) -> float:
     """``epsilon`` of a history; its arguments are taken as checked."""
-    if not history:
+    if not past:
         return 0.0
     if accountant == "rdp":
-        return _rdp(history, delta)
-    if all(rate == 1 for (rate, _), _ in history):
-        return gaussian_epsilon(_mu(history), delta)
+        return _rdp(past, delta)
+    if all(rate == 1 for (rate, _), _ in past):
+        return gaussian_epsilon(_mu(past), delta)
     compose = _prv if accountant == "prv" else _pld_accountant()
-    bound = _rdp(history, delta)
+    bound = _rdp(past, delta)
     if not _ERROR < bound <= _LARGEST_EPSILON or delta < _SMALLEST_DELTA:
         return bound
     try:
         with _quiet():
-            found = compose(history, delta, bound)
-    except _FAILURES:
+            found = compose(past, delta, bound)
+    except _FAILURES as error:
+        log.info("%s cannot price %s (%s); RDP's bound is taken", accountant, past, error)
         return bound
     return max(0.0, min(found, bound)) if math.isfinite(found) else bound
 
@@ -167,9 +169,9 @@ def _boundary(holds: Callable[[float], bool], low: float, high: float) -> float:
     return high
 
 
-def _mu(history: History) -> float:
+def _mu(past: History) -> float:
     """Sensitivity over noise of all releases as one Gaussian, as if every rate were 1."""
-    return math.hypot(*(math.sqrt(times) / noise for (_, noise), times in history))
+    return math.hypot(*(math.sqrt(times) / noise for (_, noise), times in past))
 
 
 @contextmanager
@@ -180,22 +182,22 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _rdp(history: History, delta: float) -> float:
+def _rdp(past: History, delta: float) -> float:
     """RDP's epsilon, the low orders only where the best one may lie among them."""
     try:
         with _quiet():
-            found, order = _rdp_over(_WHOLE_ORDERS, history, delta)
+            found, order = _rdp_over(_WHOLE_ORDERS, past, delta)
             if not order >= 12:
-                found = min(found, _rdp_over(_LOW_ORDERS, history, delta)[0])
+                found = min(found, _rdp_over(_LOW_ORDERS, past, delta)[0])
     except _FAILURES:
-        return gaussian_epsilon(_mu(history), delta)
+        return gaussian_epsilon(_mu(past), delta)
     return max(0.0, found) if not math.isnan(found) else math.inf
 
 
-def _rdp_over(orders: tuple[float, ...], history: History, delta: float) -> tuple[float, float]:
+def _rdp_over(orders: tuple[float, ...], past: History, delta: float) -> tuple[float, float]:
     from opacus.accountants.analysis import rdp  # type: ignore[import-untyped]
 
-    curve = sum(_curve(rate, noise, orders) * times for (rate, noise), times in history)
+    curve = sum(_curve(rate, noise, orders) * times for (rate, noise), times in past)
     found, order = rdp.get_privacy_spent(orders=orders, rdp=curve, delta=delta)
     return float(found), float(order)
 
@@ -209,18 +211,18 @@ def _curve(rate: float, noise: float, orders: tuple[float, ...]) -> np.ndarray:
     return np.asarray(curve, dtype=np.float64)
 
 
-def _prv(history: History, delta: float, bound: float) -> float:
+def _prv(past: History, delta: float, bound: float) -> float:
     """The upper end of Opacus's PRV accountant. ``bound``: RDP's epsilon, which sets the grid."""
     from opacus.accountants import PRVAccountant  # type: ignore[import-untyped]
 
     error = max(_ERROR, _RELATIVE_ERROR * bound)
-    times = sum(n for _, n in history)
+    times = sum(n for _, n in past)
     mesh = error / math.sqrt(times * math.log(12_000 / delta) / 2)
-    tail = _rdp(history, delta / 4000)  # the half width that Opacus will choose, less 3
+    tail = _rdp(past, delta / 4000)  # the half width that Opacus will choose, less 3
     if 2 * (tail + 3) / mesh > _LARGEST_GRID:
         return math.inf
     accountant = PRVAccountant()
-    accountant.history = [(noise, rate, n) for (rate, noise), n in history]
+    accountant.history = [(noise, rate, n) for (rate, noise), n in past]
     return float(accountant.get_epsilon(delta, eps_error=error))
 
 
@@ -228,9 +230,9 @@ def _pld_accountant() -> Callable[[History, float, float], float]:
     dp = _dp_accounting()
     pld = importlib.import_module("dp_accounting.pld")
 
-    def compose(history: History, delta: float, bound: float) -> float:
+    def compose(past: History, delta: float, bound: float) -> float:
         accountant = pld.PLDAccountant()
-        for (rate, noise), times in history:
+        for (rate, noise), times in past:
             event = dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise))
             accountant.compose(event, times)
         return float(accountant.get_epsilon(delta))

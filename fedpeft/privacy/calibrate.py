@@ -14,14 +14,13 @@ from functools import lru_cache
 from fedpeft.errors import FedpeftError
 from fedpeft.privacy.accountants import (
     Accountant,
-    History,
     check_accountant,
     check_delta,
     check_epsilon,
     epsilon,
     epsilon_of,
 )
-from fedpeft.privacy.events import Event, Nothing, flatten
+from fedpeft.privacy.events import Event, History, Nothing, history, join
 
 MOST_REPETITIONS = 1_000_000
 """``affordable`` looks no further: by then grids are large, and no run has as many rounds."""
@@ -84,9 +83,8 @@ def affordable(
         raise FedpeftError(f"budget_epsilon={budget_epsilon} must be positive.")
     check_delta(delta)
     check_accountant(accountant)
-    one = tuple(sorted(flatten(event).items()))
-    rest = tuple(sorted(flatten(Nothing() if after is None else after).items()))
-    return affordable_of(one, rest, budget_epsilon, delta, accountant)
+    rest = history(Nothing() if after is None else after)
+    return affordable_of(history(event), rest, budget_epsilon, delta, accountant)
 
 
 @lru_cache(maxsize=65_536)
@@ -104,14 +102,6 @@ def affordable_of(
     if accountant == "rdp":
         return low
     return _most(lambda n: excess(n, accountant), low, max(1, low // 8))
-
-
-def join(history: History, other: History, times: int = 1) -> History:
-    """``history`` and ``other``, the latter ``times`` times, as one history."""
-    counts = dict(history)
-    for release, n in other:
-        counts[release] = counts.get(release, 0) + n * times
-    return tuple(sorted(counts.items()))
 
 
 def _bracket(

@@ -18,6 +18,9 @@ from fedpeft.errors import FedpeftError, suggest
 Counts: TypeAlias = dict[tuple[float, float], int]
 """(sampling rate, noise multiplier) -> how many releases; rate 1 is the plain Gaussian."""
 
+History: TypeAlias = tuple[tuple[tuple[float, float], int], ...]
+"""The sorted items of Counts: hashable, so that what it costs can be cached."""
+
 MOST_TIMES = 10**12
 _DEEPEST = 32
 
@@ -127,6 +130,19 @@ def flatten(event: Event) -> Counts:
     if max(counts.values(), default=0) > MOST_TIMES:
         raise FedpeftError(f"a privacy event repeats one release more than {MOST_TIMES} times.")
     return counts
+
+
+def history(event: Event) -> History:
+    """``flatten`` as a sorted tuple; equal for events that release the same in any order."""
+    return tuple(sorted(flatten(event).items()))
+
+
+def join(one: History, other: History, times: int = 1) -> History:
+    """``one`` and ``other``, the latter ``times`` times, as one history."""
+    counts = dict(one)
+    for release, n in other:
+        counts[release] = counts.get(release, 0) + n * times
+    return tuple(sorted(counts.items()))
 
 
 def unflatten(counts: Mapping[tuple[float, float], int]) -> Event:
