@@ -30,7 +30,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import lru_cache
 from types import ModuleType
 from typing import Literal, TypeAlias, get_args
 
@@ -240,7 +240,6 @@ def _pld_accountant() -> Callable[[History, float, float], float]:
     return compose
 
 
-@cache
 def _dp_accounting() -> ModuleType:
     try:
         return importlib.import_module("dp_accounting")

@@ -51,9 +51,11 @@ def clip(rows: Tensor, bound: float) -> Clipped:
     good = torch.isfinite(norms)
     within = ~good | (norms <= bound)
     slack = max(4 * torch.finfo(rows.dtype).eps, 1e-12)
-    scale = torch.where(within, 1.0, bound * (1 - slack) / norms).to(rows.dtype)
+    scale = torch.where(within, 1.0, bound * (1 - slack) / norms)
+    scale[scale < torch.finfo(rows.dtype).tiny] = 0.0  # would be rounded, perhaps up
     kept = torch.where(good.unsqueeze(1), rows, 0.0)
-    return Clipped(kept * scale.unsqueeze(1), within, int((~good).sum()))
+    kept *= scale.to(rows.dtype).unsqueeze(1)
+    return Clipped(kept, within, int((~good).sum()))
 
 
 def adapt(
@@ -90,9 +92,8 @@ def split(noise_multiplier: float, bits_std: float) -> float:
     _check_positive("bits_std", bits_std)
     if not noise_multiplier < 2 * bits_std:
         raise FedpeftError(
-            f"noise_multiplier={noise_multiplier} must be below twice bits_std={bits_std}: the bits "
-            "alone would cost more than that. Raise bits_std, sample more clients, or clip at a "
-            "fixed bound."
+            f"noise_multiplier={noise_multiplier} must be below twice bits_std={bits_std}: else "
+            "the bits alone cost more than that. Raise bits_std, or clip at a fixed bound."
         )
     ratio = noise_multiplier / (2 * bits_std)
     return noise_multiplier / math.sqrt((1 - ratio) * (1 + ratio))

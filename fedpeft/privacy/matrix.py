@@ -7,10 +7,10 @@ whoever takes part when, as long as a client takes part at most k times, at leas
 C is the band of the square root of A: Toeplitz, c_0 = 1, c_k = c_{k-1} (2k - 1) / (2k), cut after
 ``bands`` coefficients (Kalinin and Lampert, arXiv 2405.13763).
 
-In round t clients' clipped updates are summed, and y_t = z_t - sum_{0<j<bands} c_j y_{t-j} is added,
-z_t of independent normal noise of standard deviation noise_multiplier x sensitivity x clip norm. The
-event of the whole run, for each client, is one ``Gaussian(noise_multiplier)``. Separation and
-participations are a promise about the schedule, which whoever samples clients must keep.
+In round t the clients' clipped updates are summed and y_t = z_t - sum_{0<j<bands} c_j y_{t-j} is
+added, z_t independent normal noise of standard deviation noise_multiplier x sensitivity x clip
+norm. The event of the whole run, for each client, is one ``Gaussian(noise_multiplier)``. Separation
+and participations are a promise about the schedule, which whoever samples clients must keep.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def sensitivity(bands: int, rounds: int, separation: int, participations: int) -
 
     The client may take part in ``participations`` of ``rounds`` rounds, at least ``separation``
     apart. The worst case is to begin with the first round and to come back as soon as possible
-    (Kalinin and Lampert, theorem 2, for coefficients that fall and are not negative), so this is
-    the norm of the sum of those columns. Where ``bands <= separation`` they do not overlap:
+    (Kalinin and Lampert, for coefficients that fall and are not negative), so this is the norm of
+    the sum of those columns. Where ``bands <= separation`` they do not overlap:
     sqrt(participations x sum of squared coefficients), but for what the last round cuts off.
     """
     _check(bands=bands, rounds=rounds, separation=separation, participations=participations)
