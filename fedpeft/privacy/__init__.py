@@ -1,1 +1,1 @@
-"""Differential privacy: mechanisms, their accounting, the ledger, and the statement about a run."""
+"""Differential privacy without models: mechanisms as data, their accounting, the ledger."""
