@@ -87,7 +87,7 @@ class Robust:
         """Whether these settings can combine so many updates.
 
         Raises FedpeftError for a setting that is out of range or means nothing to the rule, and
-        QuorumError where there are fewer updates than ``least``: the round should then be skipped.
+        QuorumError where there are fewer updates than ``least``: the round then has no result.
         """
         self._check_ranges()
         self._check_meaning()

@@ -124,6 +124,18 @@ def test_which_examples_are_poisoned_is_fixed_by_seed_and_client() -> None:
     assert seen(nothing) == seen(before)
 
 
+def test_clients_of_one_size_are_poisoned_at_places_of_their_own() -> None:
+    before, once = population(), replace(BACKDOOR, poisoned=0.3)
+    was, places = seen(before), []
+    for seed in range(8):
+        now = seen(plant_trigger(before, once, ["a", "c"], seed))
+        places.append(
+            [[old != new for old, new in zip(was[n][0], now[n][0], strict=True)] for n in "ac"]
+        )
+    assert all(sum(flags) == 1 for pair in places for flags in pair)
+    assert any(a != c for a, c in places)
+
+
 def test_poison_does_what_the_kind_says() -> None:
     before = population()
     assert poison(before, Attack("sign_flip"), ["b"], 0) is before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, get_args
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.errors import FedpeftError, QuorumError
+from fedpeft.robust import rules
 from fedpeft.robust.distances import squared_distances
 from fedpeft.robust.rules import (
     bulyan,
@@ -271,12 +273,26 @@ def test_few_steps_from_the_mean_leave_far_updates_their_pull() -> None:
         assert float(combine(Robust("geometric_median", 1, steps=steps), updates).norm()) < 3
 
 
+def test_the_geometric_median_stops_where_its_objective_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    updates, seen = draw(11, 6), []
+
+    def watched(rows: Tensor, point: Tensor) -> Tensor:
+        seen.append(float((rows - point).norm(dim=1).mean()))
+        return (rows - point).norm(dim=1)
+
+    monkeypatch.setattr(rules, "_distances_to", watched)
+    geometric_median(updates, steps=500)
+    changes = [abs(a - b) / b for a, b in pairwise(seen)]
+    assert 3 < len(seen) < 100 and changes[-1] <= 1e-6 < min(changes[:-1])
+
+
 def test_more_outliers_than_assumed_move_the_result() -> None:
     """The bounds above are of f, and not of the rules being deaf."""
     updates = draw(11, 6)
     updates[:6] = 1e6
-    rules: tuple[Rule, ...] = ("median", "trimmed_mean", "krum", "multi_krum", "bulyan")
-    for rule in (*rules, "geometric_median"):
+    for rule in EQUIVARIANT[1:]:
         assert float(by(rule, updates, 2).norm()) > 1e5
 
 
