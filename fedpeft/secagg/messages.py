@@ -14,13 +14,22 @@ on that of the Roster, which holds everybody's fresh keys. Answers are signed.
 
 from __future__ import annotations
 
-import enum
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedpeft.errors import FedpeftError
-from fedpeft.secagg.codec import MAX_CLIENTS, MAX_NAME_BYTES, ProtocolError, Reader, Writer
+from fedpeft.secagg.codec import MAX_CLIENTS
+from fedpeft.secagg.envelope import (
+    DIGEST_BYTES,
+    HEAD_BYTES,
+    Kind,
+    Place,
+    ascending,
+    read_head,
+    read_names,
+    write_head,
+    write_names,
+)
 from fedpeft.secagg.fixed import FixedPoint
 from fedpeft.secagg.primitives import (
     KEY_BYTES,
@@ -34,87 +43,7 @@ from fedpeft.secagg.shamir import SHARE_BYTES
 MIN_CLIENTS = 3
 """A sum over two clients tells each of them what the other sent."""
 
-DIGEST_BYTES = 32
 SEALED_BYTES = NONCE_BYTES + 2 * SHARE_BYTES + TAG_BYTES
-_MAGIC = b"FSA\x01"  # the last byte is the version
-_HEAD_BYTES = 64 + MAX_NAME_BYTES
-_ENTRY_BYTES = 512 + MAX_NAME_BYTES
-SMALL = _HEAD_BYTES + MAX_CLIENTS * _ENTRY_BYTES
-"""The most bytes of a message without a vector."""
-
-
-class Kind(enum.IntEnum):
-    """What a message is."""
-
-    SETUP = 1
-    ADVERT = 2
-    ROSTER = 3
-    SHARES = 4
-    INBOX = 5
-    MASKED = 6
-    SURVIVORS = 7
-    CONFIRM = 8
-    CONFIRMED = 9
-    REVEAL = 10
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a message belongs: its round, and the digest that binds it to what went before."""
-
-    round: int
-    context: bytes
-
-    def check(self, found: Place, what: str) -> None:
-        """Raises ProtocolError unless a message that was found belongs here."""
-        if found.round != self.round:
-            raise ProtocolError(
-                f"{what} is of round {found.round}, and this is round {self.round}; a message of "
-                f"another round is never used"
-            )
-        if found.context != self.context:
-            raise ProtocolError(
-                f"{what} is of another session of round {self.round}, or its sender was shown "
-                f"other parameters or keys; it is never used"
-            )
-
-
-def _write(kind: Kind, place: Place, sender: str = "") -> Writer:
-    head = Writer().raw(_MAGIC).u8(kind).u64(place.round).raw(place.context)
-    return head.name(sender)
-
-
-def kind_of(data: bytes) -> int:
-    """The kind that a message claims to be. Raises ProtocolError for what is no message."""
-    reader = Reader(data, "message", len(data))
-    if reader.raw(len(_MAGIC)) != _MAGIC:
-        raise reader.fault("it is none of secure aggregation, version 1; update fedpeft")
-    return reader.u8()
-
-
-def _read(data: bytes, kind: Kind, limit: int = SMALL) -> tuple[Reader, Place, str]:
-    reader = Reader(data, f"{kind.name.lower()} message", limit)
-    if kind_of(data) != kind:
-        raise reader.fault(f"it is of kind {kind_of(data)}, and {int(kind)} is expected now")
-    reader.raw(len(_MAGIC) + 1)
-    return reader, Place(reader.u64(), reader.raw(DIGEST_BYTES)), reader.name()
-
-
-def _write_names(writer: Writer, names: Sequence[str]) -> None:
-    writer.u32(len(names))
-    for name in names:
-        writer.name(name)
-
-
-def _read_names(reader: Reader) -> tuple[str, ...]:
-    return ascending(tuple(reader.name() for _ in range(reader.count())), reader)
-
-
-def ascending(names: tuple[str, ...], reader: Reader) -> tuple[str, ...]:
-    """The names. Raises ProtocolError unless they are sorted and distinct."""
-    if any(a >= b for a, b in itertools.pairwise(names)):
-        raise reader.fault("names in it are not sorted and distinct")
-    return names
 
 
 def default_threshold(clients: int) -> int:
@@ -177,8 +106,8 @@ class Setup:
 
     def to_bytes(self) -> bytes:
         """The message."""
-        writer = _write(Kind.SETUP, Place(self.round, self.nonce)).u32(self.threshold)
-        _write_names(writer, self.clients)
+        writer = write_head(Kind.SETUP, Place(self.round, self.nonce)).u32(self.threshold)
+        write_names(writer, self.clients)
         fixed = self.fixed
         writer.u8(fixed.bits).f64(fixed.clip).u32(fixed.clients).u64(fixed.length)
         writer.f64(fixed.weight_max).u32(len(fixed.extras))
@@ -189,8 +118,8 @@ class Setup:
     @staticmethod
     def from_bytes(data: bytes) -> Setup:
         """The message. Raises FedpeftError for what ``to_bytes`` cannot have made."""
-        reader, place, _ = _read(data, Kind.SETUP)
-        threshold, clients = reader.u32(), _read_names(reader)
+        reader, place, _ = read_head(data, Kind.SETUP)
+        threshold, clients = reader.u32(), read_names(reader)
         bits, clip, most, length = reader.u8(), reader.f64(), reader.u32(), reader.u64()
         weight_max = reader.f64()
         extras = tuple(reader.f64() for _ in range(reader.count()))
@@ -211,13 +140,13 @@ class Advert:
 
     def to_bytes(self) -> bytes:
         """The message, without its signature."""
-        writer = _write(Kind.ADVERT, self.place, self.sender)
+        writer = write_head(Kind.ADVERT, self.place, self.sender)
         return writer.raw(self.share_key).raw(self.mask_key).raw(self.commitment).bytes()
 
     @staticmethod
     def from_bytes(data: bytes) -> Advert:
         """The message. Raises ProtocolError for what ``to_bytes`` cannot have made."""
-        reader, place, sender = _read(data, Kind.ADVERT)
+        reader, place, sender = read_head(data, Kind.ADVERT)
         keys = reader.raw(KEY_BYTES), reader.raw(KEY_BYTES), reader.raw(DIGEST_BYTES)
         reader.end()
         return Advert(place, sender, *keys)
@@ -233,7 +162,7 @@ class Signatures:
 
     def to_bytes(self) -> bytes:
         """The message."""
-        writer = _write(self.kind, self.place).u32(len(self.signed))
+        writer = write_head(self.kind, self.place).u32(len(self.signed))
         for each in self.signed:
             writer.blob(each)
         return writer.bytes()
@@ -241,7 +170,7 @@ class Signatures:
     @staticmethod
     def from_bytes(data: bytes, kind: Kind) -> Signatures:
         """The message. Raises ProtocolError for what ``to_bytes`` cannot have made."""
-        reader, place, _ = _read(data, kind)
+        reader, place, _ = read_head(data, kind)
         signed = tuple(reader.blob() for _ in range(reader.count()))
         reader.end()
         return Signatures(kind, place, signed)
@@ -272,7 +201,7 @@ class Parcels:
 
     def to_bytes(self) -> bytes:
         """The message; that of a client without its signature."""
-        writer = _write(self.kind, self.place, self.sender).u32(len(self.parcels))
+        writer = write_head(self.kind, self.place, self.sender).u32(len(self.parcels))
         for parcel in self.parcels:
             writer.name(parcel.peer).raw(parcel.sealed)
             writer.raw(parcel.seed_digest).raw(parcel.key_digest)
@@ -281,7 +210,7 @@ class Parcels:
     @staticmethod
     def from_bytes(data: bytes, kind: Kind) -> Parcels:
         """The message. Raises ProtocolError for what ``to_bytes`` cannot have made."""
-        reader, place, sender = _read(data, kind)
+        reader, place, sender = read_head(data, kind)
         parcels = tuple(
             Parcel(
                 reader.name(),
@@ -307,13 +236,17 @@ class Masked:
 
     def to_bytes(self) -> bytes:
         """The message, without its signature."""
-        return _write(Kind.MASKED, self.place, self.sender).raw(self.partners + self.vector).bytes()
+        return (
+            write_head(Kind.MASKED, self.place, self.sender)
+            .raw(self.partners + self.vector)
+            .bytes()
+        )
 
     @staticmethod
     def from_bytes(data: bytes, fixed: FixedPoint) -> Masked:
         """The message. Raises ProtocolError for what ``to_bytes`` cannot have made."""
         size = fixed.size * fixed.dtype.itemsize
-        reader, place, sender = _read(data, Kind.MASKED, Masked.limit(fixed))
+        reader, place, sender = read_head(data, Kind.MASKED, Masked.limit(fixed))
         partners, vector = reader.raw(DIGEST_BYTES), reader.raw(size)
         reader.end()
         return Masked(place, sender, partners, vector)
@@ -321,7 +254,7 @@ class Masked:
     @staticmethod
     def limit(fixed: FixedPoint) -> int:
         """The most bytes of the signed message."""
-        head = _HEAD_BYTES + DIGEST_BYTES + SIGNATURE_BYTES
+        head = HEAD_BYTES + DIGEST_BYTES + SIGNATURE_BYTES
         return head + fixed.size * fixed.dtype.itemsize
 
 
@@ -335,16 +268,16 @@ class Survivors:
 
     def to_bytes(self) -> bytes:
         """The message."""
-        writer = _write(Kind.SURVIVORS, self.place)
-        _write_names(writer, self.survivors)
-        _write_names(writer, self.dropouts)
+        writer = write_head(Kind.SURVIVORS, self.place)
+        write_names(writer, self.survivors)
+        write_names(writer, self.dropouts)
         return writer.bytes()
 
     @staticmethod
     def from_bytes(data: bytes) -> Survivors:
         """The message. Raises ProtocolError for what ``to_bytes`` cannot have made."""
-        reader, place, _ = _read(data, Kind.SURVIVORS)
-        lists = _read_names(reader), _read_names(reader)
+        reader, place, _ = read_head(data, Kind.SURVIVORS)
+        lists = read_names(reader), read_names(reader)
         reader.end()
         return Survivors(place, *lists)
 
@@ -359,12 +292,12 @@ class Confirm:
 
     def to_bytes(self) -> bytes:
         """The message, without its signature."""
-        return _write(Kind.CONFIRM, self.place, self.sender).raw(self.lists).bytes()
+        return write_head(Kind.CONFIRM, self.place, self.sender).raw(self.lists).bytes()
 
     @staticmethod
     def from_bytes(data: bytes) -> Confirm:
         """The message. Raises ProtocolError for what ``to_bytes`` cannot have made."""
-        reader, place, sender = _read(data, Kind.CONFIRM)
+        reader, place, sender = read_head(data, Kind.CONFIRM)
         lists = reader.raw(DIGEST_BYTES)
         reader.end()
         return Confirm(place, sender, lists)
@@ -381,7 +314,7 @@ class Reveal:
 
     def to_bytes(self) -> bytes:
         """The message, without its signature."""
-        writer = _write(Kind.REVEAL, self.place, self.sender)
+        writer = write_head(Kind.REVEAL, self.place, self.sender)
         for shares in (self.seeds, self.keys):
             writer.u32(len(shares)).raw(b"".join(shares))
         return writer.bytes()
@@ -389,7 +322,7 @@ class Reveal:
     @staticmethod
     def from_bytes(data: bytes) -> Reveal:
         """The message. Raises ProtocolError for what ``to_bytes`` cannot have made."""
-        reader, place, sender = _read(data, Kind.REVEAL)
+        reader, place, sender = read_head(data, Kind.REVEAL)
         seeds = tuple(reader.raw(SHARE_BYTES) for _ in range(reader.count()))
         keys = tuple(reader.raw(SHARE_BYTES) for _ in range(reader.count()))
         reader.end()

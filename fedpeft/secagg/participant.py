@@ -16,22 +16,19 @@ from typing import final
 from fedpeft.errors import FedpeftError
 from fedpeft.secagg import masking
 from fedpeft.secagg.codec import MAX_NAME_BYTES, ProtocolError, Reader, Writer
+from fedpeft.secagg.envelope import SMALL, Kind, Place, kind_of
 from fedpeft.secagg.fixed import Floats, Words
 from fedpeft.secagg.messages import (
     MIN_CLIENTS,
-    SMALL,
     Advert,
     Confirm,
-    Kind,
     Masked,
     Parcel,
     Parcels,
-    Place,
     Reveal,
     Setup,
     Signatures,
     Survivors,
-    kind_of,
     names_digest,
 )
 from fedpeft.secagg.primitives import (

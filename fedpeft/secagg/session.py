@@ -23,16 +23,14 @@ import numpy as np
 
 from fedpeft.errors import FedpeftError, QuorumError
 from fedpeft.secagg.codec import ProtocolError
+from fedpeft.secagg.envelope import SMALL, Kind, Place
 from fedpeft.secagg.fixed import FixedPoint, Floats
 from fedpeft.secagg.messages import (
-    SMALL,
     Advert,
     Confirm,
-    Kind,
     Masked,
     Parcel,
     Parcels,
-    Place,
     Reveal,
     Setup,
     Signatures,

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 
 from fedpeft.errors import FedpeftError
+from fedpeft.secagg.envelope import Kind
 from fedpeft.secagg.fixed import FixedPoint, Floats
-from fedpeft.secagg.messages import Kind, Signatures
+from fedpeft.secagg.messages import Signatures
 from fedpeft.secagg.participant import Participant
 from fedpeft.secagg.primitives import SIGNATURE_BYTES, identity, sign
 from fedpeft.secagg.session import Session, Stage
@@ -20,6 +22,8 @@ Change = Callable[[Stage, str, bytes], bytes | None]
 """(stage, client, blob) -> the blob that arrives, or None: it is lost."""
 
 ROUND = 7
+NAME = "client-1"
+"""Whom the tests of one client are about."""
 
 
 def unchanged(stage: Stage, client: str, blob: bytes) -> bytes | None:
@@ -130,3 +134,18 @@ def only(stage: Stage, client: str, change: Callable[[bytes], bytes]) -> Change:
 
 def roster_of(request: bytes) -> Signatures:
     return Signatures.from_bytes(request, Kind.ROSTER)
+
+
+def at(stage: Stage, clients: int = 5) -> tuple[World, Session, bytes]:
+    """A world whose clients are asked for ``stage``, and the request for client-1."""
+    world = World(clients)
+    session = world.session()
+    return world, session, world.upto(session, stage)[NAME]
+
+
+def refuses(world: World, request: bytes, message: str) -> None:
+    """The request is refused, and changes nothing."""
+    before = world.participants[NAME].state()
+    with pytest.raises(FedpeftError, match=message):
+        world.answer(NAME, request)
+    assert world.participants[NAME].state() == before

@@ -6,22 +6,19 @@ import pytest
 
 from fedpeft.errors import FedpeftError
 from fedpeft.secagg.codec import MAX_CLIENTS, ProtocolError, Reader, Writer
+from fedpeft.secagg.envelope import SMALL, Kind, Place, kind_of
 from fedpeft.secagg.fixed import FixedPoint
 from fedpeft.secagg.messages import (
     SEALED_BYTES,
-    SMALL,
     Advert,
     Confirm,
-    Kind,
     Masked,
     Parcel,
     Parcels,
-    Place,
     Reveal,
     Setup,
     Signatures,
     Survivors,
-    kind_of,
 )
 
 FIXED = FixedPoint(64, 0.5, 9, 4, 2.0, (1.0, 0.25))
@@ -87,6 +84,15 @@ def test_another_kind_or_version_is_refused(name: str) -> None:
     for magic in (b"FSA\x02", b"PK\x03\x04", b"\x93NUM"):
         with pytest.raises(ProtocolError, match="none of secure aggregation, version 1"):
             read(name, magic + data[4:])
+
+
+def test_a_name_is_where_it_belongs_and_nowhere_else() -> None:
+    for name, message in MESSAGES.items():
+        data = message.to_bytes()
+        assert data[45] == (0 if name in ("setup", "roster", "survivors", "confirmed") else 1)
+        changed = data[:45] + (b"\x00" + data[47:] if data[45] else b"\x01z" + data[46:])
+        with pytest.raises(ProtocolError, match="as the client that it is from or to"):
+            read(name, changed)
 
 
 def test_sizes_are_checked_before_anything_is_read() -> None:
