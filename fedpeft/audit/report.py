@@ -39,7 +39,7 @@ def rows(findings: Sequence[Finding]) -> list[tuple[str, ...]]:
     return [
         (
             finding.attack,
-            _figure(finding, finding.score),
+            _figure(finding),
             _interval(finding),
             _number(finding.claimed),
             _verdict(finding),
@@ -59,10 +59,11 @@ def text(findings: Sequence[Finding]) -> str:
     return "\n".join(padded)
 
 
-def _figure(finding: Finding, value: float) -> str:
+def _figure(finding: Finding) -> str:
+    value = finding.score
     if finding.measure == "share":
         return f"{100 * value:.1f} %"
-    return f"{'>= ' if finding.measure == 'epsilon' else ''}{value:.3f}"
+    return f"{'AUC' if finding.measure == 'auc' else '>='} {value:.3f}"
 
 
 def _interval(finding: Finding) -> str:
@@ -78,7 +79,7 @@ def _number(value: float) -> str:
 
 def _verdict(finding: Finding) -> str:
     if math.isinf(finding.claimed):
-        return "nothing claimed"
+        return "no claim"
     if finding.sound is None:
         return ""
     return "not refuted" if finding.sound else "REFUTED"

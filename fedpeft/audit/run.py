@@ -133,8 +133,8 @@ def _canaries(trained: _Trained, planted: Planted, promise: float, delta: float)
     interval = (found.auc_low, found.auc_high)
     low = found.one_run
     return [
-        Finding("canaries, loss threshold", "auc", found.auc, interval, promise, None),
-        Finding("canaries, epsilon", "epsilon", low, (low, math.inf), promise, low <= promise),
+        Finding("loss of canaries", "auc", found.auc, interval, promise, None),
+        Finding("epsilon by canaries", "epsilon", low, (low, math.inf), promise, low <= promise),
     ]
 
 
@@ -147,7 +147,7 @@ def _training_examples(trained: _Trained, promise: float) -> Finding:
     member = np.repeat([True, False], [len(own), len(other)])
     area = roc(np.concatenate(parts), member).auc
     interval = auc_interval(area, len(own), len(other), LEVEL)
-    return Finding("training examples, loss threshold", "auc", area, interval, promise, None)
+    return Finding("loss of training data", "auc", area, interval, promise, None)
 
 
 def _some(numbers: np.ndarray) -> np.ndarray:
@@ -204,5 +204,5 @@ def _text(trained: _Trained, promise: float) -> Finding | None:
         trained.watcher.note(str(error))
         return None
     share = recovered_share(found, texts)
-    label = f"gradient inversion, tokens of {client}"
+    label = f"text of {client}"
     return Finding(label, "share", share, (math.nan, math.nan), promise, None)
