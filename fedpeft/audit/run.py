@@ -22,8 +22,8 @@ from fedpeft.audit.inversion import recover, recovered_share
 from fedpeft.audit.losses import losses
 from fedpeft.audit.membership import auc_interval, roc
 from fedpeft.audit.report import Finding
-from fedpeft.cohort.federation import CohortFederation
 from fedpeft.config_load import parse_recipe
+from fedpeft.data.clients import Population
 from fedpeft.data.examples import Examples
 from fedpeft.engine import play_round
 from fedpeft.errors import FedpeftError
@@ -33,6 +33,9 @@ from fedpeft.prepare import Prepared, prepare
 from fedpeft.record.folder import RunFolder
 from fedpeft.strategy import Messages, addressed
 from fedpeft.tree import Tree
+
+FEWEST = 10
+"""Canaries: with fewer, coins that all fall alike are no rarity, and nothing can be told."""
 
 SOME = 2000
 """Training and test examples, of each, whose losses are compared."""
@@ -80,8 +83,13 @@ def audit_prepared(prepared: Prepared, settings: Settings, watcher: Watcher) -> 
             f"strategy.name={name!r} has no global adapter, so nothing that the audit could attack "
             f"leaves the clients: audit the run of another strategy."
         )
+    if settings.canaries < FEWEST:
+        raise FedpeftError(
+            f"canaries={settings.canaries}: at least {FEWEST} are needed, and some hundreds for a "
+            f"bound that says something; clients should keep more examples of their own."
+        )
     planted = plant(prepared.population, settings.canaries, stream_of(settings.seed))
-    trained = _Trained(dataclasses.replace(prepared, population=planted.population), watcher)
+    trained = _Trained(prepared, planted.population, watcher)
     promise = claimed(prepared)
     findings = [
         *_canaries(trained, planted, promise, settings.delta),
@@ -92,23 +100,25 @@ def audit_prepared(prepared: Prepared, settings: Settings, watcher: Watcher) -> 
 
 
 class _Trained:
-    """A prepared run, all its rounds played; and the victim's update in the last of them.
+    """A run with ``population`` in place of its own, all rounds played; and a victim's update.
 
-    update is None where the victim's reply failed, or holds no tree as it was sent.
+    The victim trains in the last round on its own data, without canaries, beside the run. update is
+    None where its reply failed, or holds no tree as it was sent.
     """
 
-    def __init__(self, prepared: Prepared, watcher: Watcher) -> None:
-        self.prepared = prepared
+    def __init__(self, own: Prepared, population: Population, watcher: Watcher) -> None:
+        self.own = own
+        self.prepared = prepared = dataclasses.replace(own, population=population)
         self.watcher = watcher
         self.update: Tree | None = None
-        self.victim = _victim(prepared)
+        self.victim = _victim(own.population)
         recipe, strategy = prepared.recipe, prepared.strategy
         federation = prepared.federation(watcher.chunk_done)
         self.state = strategy.init(prepared.problem)
         watcher.stage("audit", recipe.rounds.count)
         for number in range(1, recipe.rounds.count + 1):
             if number == recipe.rounds.count:
-                self.update = _update(prepared, federation, self.state, number, self.victim)
+                self.update = _update(own, federation.memory(), self.state, number, self.victim)
             names = sampling.draw(recipe.rounds.sampling, federation.clients(), recipe.seed, number)
             tokens = sum(federation.tokens(name) for name in names)
             watcher.round_began(number, len(names), tokens)
@@ -157,22 +167,22 @@ def _some(numbers: np.ndarray) -> np.ndarray:
     return numbers[np.linspace(0, len(numbers) - 1, SOME).astype(np.int64)]
 
 
-def _victim(prepared: Prepared) -> str:
+def _victim(population: Population) -> str:
     """The client with the fewest tokens to train on: its text is the easiest to read out."""
-    clients, examples = prepared.population.clients, prepared.population.examples
-    lengths = examples.lengths_of(clients.train.values)
+    clients = population.clients
+    lengths = population.examples.lengths_of(clients.train.values)
     totals = np.concatenate([[0], np.cumsum(lengths)])[clients.train.starts]
     return clients.names[int(np.diff(totals).argmin())]
 
 
 def _update(
-    prepared: Prepared, federation: CohortFederation, state: Any, number: int, client: str
+    prepared: Prepared, memory: dict[str, dict[str, Tree]], state: Any, number: int, client: str
 ) -> Tree | None:
-    """What the client's training in a round changes, all its trees as one; memory is put back."""
-    kept = federation.memory()
+    """What the client's training in a round changes, all its trees as one."""
+    federation = prepared.federation()
+    federation.restore(memory)
     (sent,) = addressed(prepared.strategy, state, number, [client])
     (reply,) = federation.run(number, sent)
-    federation.restore(kept)
     if isinstance(reply, Failure):
         return None
     assert isinstance(reply, Messages)
@@ -190,7 +200,7 @@ def _update(
 
 def _text(trained: _Trained, promise: float) -> Finding | None:
     """The words of the victim that its update gives away; None, and a note, where none can be."""
-    prepared, client = trained.prepared, trained.victim
+    prepared, client = trained.own, trained.victim
     if trained.update is None:
         trained.watcher.note(f"gradient inversion does not apply: {client} sends no update")
         return None
