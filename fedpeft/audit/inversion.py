@@ -79,10 +79,12 @@ def recover(
     """The tokens that an update gives away, by position: a set for each of ``length`` positions.
 
     update: what a client's training changed, ``after - before``, unstacked. texts: how many texts
-    the client is thought to have, so that each position has at most as many tokens. rank: how many
-    directions of the update are not noise, if that is known; else those that float32's rounding
-    leaves. Raises FedpeftError where the attack does not apply: no BERT, no adapted first layer, or
-    an update without ``lora_A``.
+    the client is thought to have. Where more tokens than that lie in the span, or half of all, it
+    is too large to tell them apart, and the position's set is empty. rank: how many directions of
+    the update are not noise, if that is known; else those that float32's rounding leaves.
+
+    Raises FedpeftError where the attack does not apply: no BERT, no adapted first layer, or an
+    update without ``lora_A``.
     """
     rows = update_rows(network, update)
     basis = _basis(rows, _noise(network, update), rank)
@@ -92,8 +94,9 @@ def recover(
     for vectors in _candidates(network, length):
         outside = vectors - (vectors @ basis.T) @ basis
         share = outside.norm(dim=1) / vectors.norm(dim=1)
-        best = share.argsort()[:texts]
-        found.append({int(token) for token in best.tolist() if float(share[token]) <= FOUND})
+        inside = torch.nonzero(share <= FOUND).flatten().tolist()
+        told = len(inside) <= min(texts, len(share) // 2)
+        found.append(set(inside) if told else set())
     return found
 
 

@@ -178,7 +178,10 @@ def _victim(population: Population) -> str:
 def _update(
     prepared: Prepared, memory: dict[str, dict[str, Tree]], state: Any, number: int, client: str
 ) -> Tree | None:
-    """What the client's training in a round changes, all its trees as one."""
+    """What the client's training in a round changes, all its trees as one.
+
+    Where two trees have a tensor of the same name, it is the one that was sent first.
+    """
     federation = prepared.federation()
     federation.restore(memory)
     (sent,) = addressed(prepared.strategy, state, number, [client])
@@ -188,13 +191,10 @@ def _update(
     assert isinstance(reply, Messages)
     found: Tree = {}
     for name, before in sent.trees.items():
-        after = reply.trees.get(name)
-        if after is not None and after.keys() == before.keys():
-            changed = tree.sub(
-                {k: v[0].cpu() for k, v in after.items()},
-                {k: v[0].cpu() for k, v in before.items()},
-            )
-            found.update(changed)
+        after = reply.trees.get(name, {})
+        if after.keys() == before.keys():
+            old, new = ({k: v[0].cpu() for k, v in t.items()} for t in (before, after))
+            found = tree.sub(new, old) | found
     return found or None
 
 

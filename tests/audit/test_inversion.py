@@ -89,6 +89,21 @@ def test_the_first_round_gives_nothing_away_with_one_step() -> None:
     assert share(net, update, texts) == 0
 
 
+def test_a_span_that_holds_everything_tells_nothing() -> None:
+    net = tiny_network({"kind": "lora", "r": 8, "target_modules": ["query", "value"]})
+    stream = torch.Generator().manual_seed(0)  # 16 rows in 16 dimensions
+    update = {n: torch.randn(v.shape, generator=stream) for n, v in net.initial.items()}
+    for texts in (1, 4, 100):
+        assert recover(net, update, 3, texts) == [set(), set(), set()]
+    zero = {name: torch.zeros_like(value) for name, value in update.items()}
+    assert recover(net, zero, 3, 100) == [set(), set(), set()]
+    (layer,) = (name for name in entry_layers(net) if name.endswith("query"))
+    few = zero | {f"{layer}.lora_A.default.weight": torch.zeros(8, 16)}
+    embeddings = net.model.get_submodule("base_model.model.bert.embeddings")
+    few[f"{layer}.lora_A.default.weight"][0] = embeddings(torch.tensor([[7]]))[0, 0]
+    assert recover(net, few, 3) == [{7}, set(), set()]
+
+
 def test_more_tokens_than_rows_and_adam_are_in_the_way() -> None:
     net = network()
     long = some_texts(1, 24)

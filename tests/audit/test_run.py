@@ -21,6 +21,7 @@ from fedpeft.events import Watcher
 from fedpeft.metrics import Score
 from fedpeft.prepare import prepare
 from fedpeft.run import run
+from fedpeft.strategy import Messages, addressed
 from tests.tiny import tiny_recipe, write_tiny
 
 MEMORISES = Local(optimizer="adamw", lr=0.01, epochs=60, batch_size=32)
@@ -168,18 +169,24 @@ def test_other_strategies_are_audited_too(files: Path, name: str) -> None:
     assert all(np.isfinite(finding.score) for finding in found) and len(found) >= 3
 
 
-def test_the_victims_extra_training_leaves_no_trace(files: Path) -> None:
-    """A strategy with private memory ends where a run without the attack ends."""
-    made = recipe(files, name="scaffold")
+@pytest.mark.parametrize("name", ["scaffold", "fedavg"])
+def test_the_victims_update_is_that_of_its_turn_in_the_run(files: Path, name: str) -> None:
+    """Also where clients have private memory, and without a trace in the run that is attacked."""
+    made = recipe(files, name=name)
     prepared = prepare(made)
-    planted = plant(prepared.population, 20, stream_of(0))
-    attacked = audits._Trained(prepared, planted.population, Watcher())
-    changed = dataclasses.replace(prepared, population=planted.population)
-    federation, state = changed.federation(), changed.strategy.init(changed.problem)
-    for number in (1, 2):
-        state, _ = play_round(changed.strategy, state, federation, made.rounds, made.seed, number)
-    plain, own = changed.strategy.adapter(state), changed.strategy.adapter(attacked.state)
-    assert all(plain[name].equal(own[name]) for name in plain)
+    attacked = audits._Trained(prepared, prepared.population, Watcher())
+    federation, state = prepared.federation(), prepared.strategy.init(prepared.problem)
+    state, _ = play_round(prepared.strategy, state, federation, made.rounds, made.seed, 1)
+    (sent,) = addressed(prepared.strategy, state, 2, ["c2"])
+    kept = federation.memory()
+    (reply,) = federation.run(2, sent)
+    assert isinstance(reply, Messages) and attacked.update is not None
+    for key, value in reply.trees["adapter"].items():
+        assert attacked.update[key].equal((value - sent.trees["adapter"][key])[0])
+    federation.restore(kept)
+    state, _ = play_round(prepared.strategy, state, federation, made.rounds, made.seed, 2)
+    plain, own = prepared.strategy.adapter(state), prepared.strategy.adapter(attacked.state)
+    assert all(plain[key].equal(own[key]) for key in plain)
 
 
 def test_what_is_refused(files: Path, tmp_path: Path) -> None:
