@@ -217,6 +217,28 @@ def check_strategy(
         raise typer.Exit(1)
 
 
+@app.command(short_help="Attack a run, and compare with the epsilon that it claims.")
+def audit(
+    folder: Annotated[str, typer.Argument(metavar="RUN", hidden=True)],
+    canaries: Annotated[
+        int, typer.Option(help="Examples that a coin puts in or leaves out.")
+    ] = 200,
+    seed: Annotated[int, typer.Option(help="Of the canaries and their coins.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per attack.")] = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Attack a run: what its adapter and updates give away, beside what it claims.
+
+    Trains RUN's recipe again, with canaries among the clients' data; RUN itself stays as it is.
+    Exit codes: 0 nothing contradicts the claim, 1 an attack got more than it allows, 2 a fault in
+    what was given.
+    """
+    from fedpeft.cli import audit as audits
+
+    if audits.refuted(folder, canaries, seed, json, verbose):
+        raise typer.Exit(1)
+
+
 @app.command("list", short_help="List what a recipe can name, with one line each.")
 def list_(
     topic: Annotated[listing.Topic | None, typer.Argument(metavar="[TOPIC]", hidden=True)] = None,

@@ -15,6 +15,9 @@ Every object has ``event``:
 ``fedpeft check-strategy --json`` writes ``verdict`` events alone: ``property``, ``verdict`` (holds,
 broken, skipped), ``found``.
 
+``fedpeft audit --json`` writes ``note`` events and, at the end, a ``finding`` for each attack: the
+fields of ``fedpeft.audit.report.Finding``; ``claimed`` is null where nothing is claimed.
+
 Bytes are by kind. A figure that is not finite is null.
 """
 

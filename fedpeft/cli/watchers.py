@@ -34,6 +34,29 @@ class Quiet(Watcher):
         self._console.print(tables.result(summary))
 
 
+class Progress(Watcher):
+    """Progress bars on a terminal and nothing else; ``notes`` are kept for whoever prints them."""
+
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self.notes: list[str] = []
+
+    def stage(self, name: str, rounds: int) -> None:
+        self._bars.stage(name, rounds)
+
+    def round_began(self, number: int, clients: int, tokens: int) -> None:
+        self._bars.round_began(number, clients)
+
+    def chunk_done(self, clients: int, tokens: int) -> None:
+        self._bars.chunk_done(clients, tokens)
+
+    def round_done(self, report: RoundReport, score: Score | None) -> None:
+        self._bars.round_done()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 class Lines(Watcher):
     """A line per round, warnings, and the last table; on a terminal also progress bars."""
 

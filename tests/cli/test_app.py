@@ -53,7 +53,9 @@ def test_version() -> None:
     assert (done.exit_code, done.stdout) == (0, f"fedpeft {metadata.version('fedpeft')}\n")
 
 
-@pytest.mark.parametrize("command", ["run", "resume", "check", "check-strategy", "store", "list"])
+@pytest.mark.parametrize(
+    "command", ["run", "resume", "check", "check-strategy", "audit", "store", "list"]
+)
 def test_help_describes_every_command(command: str) -> None:
     done = CliRunner().invoke(app, [command, "--help"])
     assert done.exit_code == 0
