@@ -134,9 +134,7 @@ def flat(trees: Mapping[str, Tree]) -> Tree:
 
 def unflat(flat_: Tree, like: Mapping[str, Tree]) -> dict[str, Tree]:
     """The opposite of ``flat``."""
-    return {
-        part: {name: flat_[f"{part}/{name}"] for name in tree} for part, tree in like.items()
-    }
+    return {part: {name: flat_[f"{part}/{name}"] for name in tree} for part, tree in like.items()}
 
 
 def _was(sent: Messages, part: str, name: str, shape: Sequence[int]) -> Tensor:

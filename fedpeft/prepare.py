@@ -111,7 +111,9 @@ class Prepared:
         asked = Messages(("server",), sent.trees, sent.scalars, sent.blobs)
         [reply] = federation.run(1, asked)
         if isinstance(reply, Failure):
-            raise FedpeftError(f"robust.rule=fltrust: the server's own training failed: {reply.reason}")
+            raise FedpeftError(
+                f"robust.rule=fltrust: the server's own training failed: {reply.reason}"
+            )
         return reply
 
     @property
@@ -207,9 +209,7 @@ def local_of(recipe: Recipe) -> Local:
     """Local training as it is done: private records are clipped one by one."""
     if recipe.privacy.unit != "record":
         return recipe.local
-    return dataclasses.replace(
-        recipe.local, clip_norm=recipe.privacy.clip_norm, clip_per="example"
-    )
+    return dataclasses.replace(recipe.local, clip_norm=recipe.privacy.clip_norm, clip_per="example")
 
 
 def device_of(name: str) -> torch.device:

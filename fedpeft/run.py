@@ -192,12 +192,16 @@ class _Job:
         before = dict(self.at.extra)
         ledger = Ledger(dict(before["down"]), dict(before["up"]))
         ledger.add(report.down, report.up)
-        return before | _extra(
-            ledger,
-            before["excluded"] + len(report.excluded),
-            before["dropped"] + len(report.dropped),
-            before["seconds"] + report.seconds,
-        ) | {"post": self.prepared.post.memory()}
+        return (
+            before
+            | _extra(
+                ledger,
+                before["excluded"] + len(report.excluded),
+                before["dropped"] + len(report.dropped),
+                before["seconds"] + report.seconds,
+            )
+            | {"post": self.prepared.post.memory()}
+        )
 
     def _test(self, state: Any) -> Score:
         prepared = self.prepared

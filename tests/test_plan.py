@@ -10,11 +10,11 @@ import pytest
 from fedpeft.config import Engine, Output, Rounds, Sampling
 from fedpeft.engine import RoundReport
 from fedpeft.events import Watcher
-from fedpeft.steps import steps_of
 from fedpeft.metrics import Score
 from fedpeft.plan import Plan, make_plan
 from fedpeft.prepare import prepare
 from fedpeft.run import run
+from fedpeft.steps import steps_of
 from tests.tiny import tiny_recipe, write_tiny
 
 

@@ -352,9 +352,7 @@ def step_function(gradients: Gradients, noisy: NoisySteps | None = None) -> Step
         return partial(PerExample(gradients).noisy_step, noisy)
     step = PerExample(gradients).step if clips else gradients.step
 
-    def of_turn(
-        matrix: Tensor, layout: Layout, turn: Turn, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def of_turn(matrix: Tensor, layout: Layout, turn: Turn, scale: Tensor) -> tuple[Tensor, Tensor]:
         return step(matrix, layout, turn.index, scale)
 
     return of_turn

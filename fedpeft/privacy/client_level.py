@@ -47,7 +47,8 @@ ROUNDING = 1e-6
 @dataclass(frozen=True)
 class Bands:
     """Correlated noise: ``bands``, over a run of ``rounds`` in which nobody takes part twice within
-    ``separation`` rounds."""
+    ``separation`` rounds.
+    """
 
     bands: int
     rounds: int
@@ -201,7 +202,9 @@ class ClientLevel(Postprocessor):
     @staticmethod
     def _check_alike(sent: Sequence[Messages]) -> None:
         one = len(sent) == 1 and all(
-            len(sent[0]) == 1 or shared(value) for t in sent[0].trees.values() for value in t.values()
+            len(sent[0]) == 1 or shared(value)
+            for t in sent[0].trees.values()
+            for value in t.values()
         )
         if not one:
             raise FedpeftError(

@@ -43,7 +43,9 @@ class Randomness:
     @staticmethod
     def seeded(seed: int) -> Randomness:
         """Under a key that follows from the seed: can be repeated, and protects nobody."""
-        return Randomness(hashlib.blake2b(f"seeded {seed}".encode(), digest_size=32).digest(), False)
+        return Randomness(
+            hashlib.blake2b(f"seeded {seed}".encode(), digest_size=32).digest(), False
+        )
 
     def uniform(self, count: int) -> np.ndarray:
         """``count`` numbers, float64, uniform on a grid of 2^53 points inside (0, 1)."""

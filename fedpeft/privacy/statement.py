@@ -116,7 +116,9 @@ def statement(terms: Terms, recipe: Recipe, ledger: Ledger) -> Statement:
         initialisation="nothing of the clients' data is in the start of the run; nothing is charged",
         terms=terms_as_dict(terms, recipe),
         void="the noise follows from the recipe's seed (privacy.randomness=seeded), so whoever knows "
-        "the seed can take it away" if seeded else "",
+        "the seed can take it away"
+        if seeded
+        else "",
     )
 
 
@@ -144,4 +146,3 @@ def _mechanism(terms: Terms, recipe: Recipe) -> str:
         return f"noise correlated over {mechanism.bands.bands} rounds (banded matrix), {how}"
     where = {"server": "by the server", "client": "by each client", "shares": "in shares"}
     return f"Gaussian noise {where[privacy.noise]}, {how}, expected number of clients below"
-
