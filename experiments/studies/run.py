@@ -32,10 +32,9 @@ def play(study: str, cell: str, changes: list[str], seed: int) -> dict[str, Any]
     """One run, on one thread: scores of every row of its table, bytes, seconds."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        own = [f"seed={seed}", f"output.folder={folder}/run", "output.checkpoint_every=100000"]
-        recipe = load_recipe(
-            str(HERE / study / "recipe.yaml"), ["engine.threads=1", *changes, *own]
-        )
+        common = ["engine.threads=1", "output.checkpoint_every=100000"]
+        own = [f"seed={seed}", f"output.folder={folder}/run"]
+        recipe = load_recipe(str(HERE / study / "recipe.yaml"), [*common, *changes, *own])
         summary = run(recipe, Watcher())
     name = str(recipe.strategy["name"])
     rows = {("own" if row.name == name else row.name): row for row in summary.rows}
