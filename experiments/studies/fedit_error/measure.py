@@ -3,8 +3,8 @@
     python experiments/studies/fedit_error/measure.py [--seeds 0 1 2] [--rounds 3]
 
 dW* = sum_k p_k s B_k A_k is the mean of the clients' updates, E = dW* - s B A what the means of
-the factors miss of it; Frobenius norms over all LoRA layers together, after each round. Writes
-``results.jsonl`` beside this file and prints the table.
+the factors miss of it; Frobenius norms over all LoRA layers together, after each round. Adds to
+``results.jsonl`` beside this file what is not there yet, and prints the table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from fedpeft.strategy import Messages, gather, weighted_mean
 from fedpeft.tree import Tree
 
 HERE = Path(__file__).parent
-SKEWS = {"iid": ["partition.kind=iid"], "Dirichlet 0.1": ["partition.kind=dirichlet"]}
+SKEWS = {
+    "mixed": ["partition.kind=iid"],
+    "one label each": ["partition.kind=pathological", "partition.classes=1"],
+}
 STEPS = (1, 4, 16)
 
 
@@ -60,14 +63,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    lines = []
+    results = HERE / "results.jsonl"
+    kept = results.read_text().splitlines() if results.exists() else []
+    lines: list[dict[str, Any]] = [json.loads(line) for line in kept]
+    done = {(line["skew"], line["steps"], line["seed"]) for line in lines}
     for (skew, partition), steps, seed in product(SKEWS.items(), STEPS, asked.seeds):
+        if (skew, steps, seed) in done:
+            continue
         changes = [*partition, f"local.steps={steps}", f"seed={seed}"]
         prepared = prepare(load_recipe(str(HERE / "recipe.yaml"), changes))
         missing = [round(x, 6) for x in play(prepared, asked.rounds)]
         lines.append({"skew": skew, "steps": steps, "seed": seed, "missed": missing})
+        with results.open("a") as file:
+            file.write(json.dumps(lines[-1]) + "\n")
         print(lines[-1], flush=True)
-    (HERE / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     print("| clients' labels | local steps | round 1 | round 3 |\n| --- | --- | --- | --- |")
     for skew, steps in product(SKEWS, STEPS):
         own = [ln["missed"] for ln in lines if (ln["skew"], ln["steps"]) == (skew, steps)]
