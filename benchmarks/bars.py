@@ -68,6 +68,7 @@ BARS: dict[str, tuple[Bar, ...]] = {
         Bar("speed", OURS, "flower", 1.15),
         Bar("speed", ("bf16",), "cohort", 1.7),
         Bar("time", ("clipped",), "cohort", 1.25),
+        Bar("time", ("private",), "cohort", 1.25),
         Bar("speed", ("workers",), "worker", 1.5),
         *LIGHT,
     ),

@@ -55,7 +55,11 @@ def prepared(workload: Workload, way: Way) -> Prepared:
     hold_base(model, torch.float32)
     network = build_network(model, workload.task, CLASSES, device)
     recipe = Recipe(
-        seed=SEED, local=way.local(workload), rounds=ROUNDS, engine=way.engine(workload)
+        seed=SEED,
+        local=way.local(workload),
+        privacy=way.privacy,
+        rounds=ROUNDS,
+        engine=way.engine(workload),
     )
     unused = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({})))
     found = assemble(recipe, build("fedavg", {}), population(workload), network, unused)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.workload import Workload
-from fedpeft.config import Engine, Local
+from fedpeft.config import Engine, Local, Privacy
 
 FAMILIES = {
     "centralised": "the pooled data, hand-written",
@@ -24,6 +24,7 @@ FAMILIES = {
     "pfl": "pfl-research's simulation",
     "bf16": "cohort under bf16 autocast",
     "clipped": "cohort with each example's gradient clipped to norm 1",
+    "private": "cohort by DP-SGD: record-level privacy, noise and Poisson batches included",
     "compiled": "cohort with engine.compile=default",
     "worker": "cohort from a recipe on disk, one process with one thread",
     "workers": "the same in several processes with one thread each",
@@ -72,6 +73,13 @@ class Way:
         if self.family == "clipped":
             return dataclasses.replace(local, clip_norm=1.0, clip_per="example")
         return local
+
+    @property
+    def privacy(self) -> Privacy:
+        """The recipe's ``privacy`` of a way of fedpeft."""
+        if self.family == "private":
+            return Privacy(unit="record", noise_multiplier=1.0, clip_norm=1.0)
+        return Privacy()
 
     def engine(self, workload: Workload) -> Engine:
         """The recipe's ``engine`` of a way of fedpeft; ``threads`` are those of all workers."""
