@@ -177,8 +177,8 @@ class TorchCohort(Cohort):
     def _refuse_if_private(self, what: str) -> None:
         if self._info.private is not None:
             raise FedpeftError(
-                f"privacy.unit=record, and the strategy asks for the clients' {what}, which no noise "
-                f"covers: use a strategy, or a setting of it, that learns from training alone."
+                f"privacy.unit=record, and the strategy asks for the clients' {what}, which no "
+                f"noise covers: use a strategy, or a setting of it, that learns from training only."
             )
 
     def _place(self, start: Tree, fixed: Tree | None, expand: Expand | None) -> None:

@@ -1,7 +1,7 @@
 """What goes together: strategy x protection, as code. Every cell is played in a test or refused.
 
-From what a strategy declares (``linear``, ``folds``, ``asks``), never from its name, so that a user's
-own strategy has its row too. ``docs/compatibility.md`` is written by ``table``.
+From what a strategy declares (``linear``, ``folds``, ``asks``), never from its name, so that a
+user's own strategy has its row too. The table in ``docs/compatibility.md`` is ``table``'s.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def record_level(strategy: Strategy[Any]) -> Refusal:
     asked = sorted(strategy.asks())
     if asked:
         return (
-            f"it asks clients for their {' and '.join(asked)}, which no noise covers: use a setting "
-            f"or a strategy that learns from training alone"
+            f"it asks clients for their {' and '.join(asked)}, which no noise covers: use a "
+            f"setting or a strategy that learns from training alone"
         )
     return ""
 

@@ -56,8 +56,9 @@ class Guard:
         allowed = {name: event for name, event in events.items() if self._may(name, event)}
         if drawn and not allowed:
             raise BudgetSpentError(
-                f"round {number}: all {len(drawn)} clients that were drawn have spent their privacy "
-                f"budget (privacy.epsilon, privacy.max_rounds). The adapter of the last round is kept."
+                f"round {number}: all {len(drawn)} clients that were drawn have spent their "
+                f"privacy budget (privacy.epsilon, privacy.max_rounds). The adapter of the last "
+                f"round is kept."
             )
         self.ledger.charge(number, allowed)
         return tuple(sorted(allowed))
@@ -68,8 +69,8 @@ class Guard:
         event = self.terms.event(1)
         if not self._may(EVERYONE, event):
             raise BudgetSpentError(
-                f"round {number}: the run has spent its privacy budget (privacy.epsilon). The adapter "
-                f"of the last round is kept."
+                f"round {number}: the run has spent its privacy budget (privacy.epsilon). The "
+                f"adapter of the last round is kept."
             )
         self.ledger.charge(number, {EVERYONE: event})
 

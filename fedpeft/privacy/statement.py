@@ -32,11 +32,16 @@ _TRUSTED = {
     "client": "nobody but the client itself: noise is added before its update leaves it",
     "shares": "secure aggregation: fewer than its threshold of clients and the server together",
 }
+_SEEDED = (
+    "the noise follows from the recipe's seed (privacy.randomness=seeded), so whoever knows the seed "
+    "can take it away"
+)
 NOT_COVERED = (
     "who takes part in which round, unless by secret draws",
     "how many examples or clients there are",
-    "figures measured on clients' own data, such as hold-out scores, and test scores where the test "
-    "set is made of the clients' hold-outs",
+    "figures measured on clients' own data, such as hold-out scores, and test scores where the "
+    "test set is made of the clients' hold-outs",
+    "the baselines of the last table, which are trained without protection",
     "the search for hyper-parameters: every further run on the same data adds to what is spent",
     "the pretrained model, taken to be public",
     "what the finite precision of float64 noise may give away (Mironov, CCS 2012)",
@@ -75,7 +80,8 @@ class Statement:
         highest, middle, lowest = self.epsilon
         figures = f"epsilon {highest:.2f} at delta {self.delta:g}"
         if self.charged > 1:
-            figures += f" for the worst of {self.charged} clients (median {middle:.2f}, least {lowest:.2f})"
+            figures += f" for the worst of {self.charged} clients"
+            figures += f" (median {middle:.2f}, least {lowest:.2f})"
         void = [f"VOID: {self.void}"] if self.void else []
         return [
             *void,
@@ -101,7 +107,6 @@ def statement(terms: Terms, recipe: Recipe, ledger: Ledger) -> Statement:
     events = {ledger.spent(client) for client in ledger.clients()}
     second = max((epsilon(event, terms.delta, "rdp") for event in events), default=0.0)
     by_client = isinstance(terms.mechanism, ClientLevel)
-    seeded = privacy.randomness == "seeded"
     return Statement(
         unit=terms.unit,
         relation=_RELATION[terms.unit],
@@ -113,12 +118,9 @@ def statement(terms: Terms, recipe: Recipe, ledger: Ledger) -> Statement:
         sampled=_SAMPLED[terms.sampled].format(rounds=terms.rounds),
         trusted=_TRUSTED[privacy.noise if by_client else "record"],
         mechanism=_mechanism(terms, recipe),
-        initialisation="nothing of the clients' data is in the start of the run; nothing is charged",
+        initialisation="nothing of the clients' data is in the start; nothing is charged for it",
         terms=terms_as_dict(terms, recipe),
-        void="the noise follows from the recipe's seed (privacy.randomness=seeded), so whoever knows "
-        "the seed can take it away"
-        if seeded
-        else "",
+        void=_SEEDED if privacy.randomness == "seeded" else "",
     )
 
 
@@ -136,8 +138,8 @@ def _mechanism(terms: Terms, recipe: Recipe) -> str:
     privacy, mechanism = recipe.privacy, terms.mechanism
     if not isinstance(mechanism, ClientLevel):
         return (
-            f"DP-SGD in each client: Poisson batches, gradients clipped to {privacy.clip_norm:g} over "
-            f"all trainable tensors, noise by ChaCha20, expected batch size below"
+            f"DP-SGD in each client: Poisson batches, gradients clipped to {privacy.clip_norm:g} "
+            f"over all trainable tensors, noise by ChaCha20, expected batch size below"
         )
     how = f"multiplier {mechanism.noise_multiplier:.4g}, updates clipped to {privacy.clip_norm:g}"
     if mechanism.adaptive is not None:
