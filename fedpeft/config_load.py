@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import functools
 import io
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
@@ -25,6 +24,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from fedpeft import strategy as strategies
 from fedpeft.config import Data, Engine, Model, Recipe
 from fedpeft.config_privacy import check_privacy
+from fedpeft.config_rules import RULES
 from fedpeft.errors import FedpeftError, suggest
 
 Layer = dict[str, Any]
@@ -34,76 +34,6 @@ _PATHS = (("data", "source", Data().source), ("model", "name", Model().name))
 _KEY = re.compile(r"[^.=\[\]\s]+(\.[^.=\[\]\s]+)*")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _SUFFIXES = (".yaml", ".yml")
-
-
-class _Rule(NamedTuple):
-    text: str
-    holds: Callable[[Any], bool]
-
-
-_FROM_0 = _Rule("at least 0", lambda v: v >= 0)
-_FROM_1 = _Rule("at least 1", lambda v: v >= 1)
-_FINITE = _Rule("at least 0 and finite", lambda v: 0 <= v < math.inf)
-_ABOVE_0 = _Rule("above 0 and finite", lambda v: 0 < v < math.inf)
-_BELOW_1 = _Rule("at least 0 and below 1", lambda v: 0 <= v < 1)
-_SHARE = _Rule("above 0 and at most 1", lambda v: 0 < v <= 1)
-_UNIT = _Rule("at least 0 and at most 1", lambda v: 0 <= v <= 1)
-_INSIDE = _Rule("above 0 and below 1", lambda v: 0 < v < 1)
-_FILLED = _Rule("not empty", lambda v: bool(v.strip()))
-
-_RULES = {
-    "name": _FILLED,
-    "seed": _FROM_0,
-    "model.name": _FILLED,
-    "data.source": _FILLED,
-    "data.train": _FILLED,
-    "data.text": _FILLED,
-    "data.label": _FILLED,
-    "data.max_length": _FROM_1,
-    "data.holdout": _BELOW_1,
-    "data.limit": _FROM_0,
-    "partition.clients": _FROM_0,
-    "partition.alpha": _ABOVE_0,
-    "partition.classes": _FROM_1,
-    "partition.shards": _FROM_1,
-    "partition.min_examples": _FROM_1,
-    "rounds.count": _FROM_1,
-    "rounds.sampling.fraction": _SHARE,
-    "rounds.sampling.size": _FROM_1,
-    "rounds.sampling.rate": _SHARE,
-    "rounds.sampling.groups": _FROM_1,
-    "rounds.quorum": _UNIT,
-    "rounds.failure_rate": _BELOW_1,
-    "local.lr": _ABOVE_0,
-    "local.momentum": _BELOW_1,
-    "local.weight_decay": _FINITE,
-    "local.epochs": _FROM_0,
-    "local.steps": _FROM_0,
-    "local.batch_size": _FROM_1,
-    "local.accumulate": _FROM_1,
-    "local.warmup": _BELOW_1,
-    "local.clip_norm": _FINITE,
-    "privacy.epsilon": _FINITE,
-    "privacy.noise_multiplier": _FINITE,
-    "privacy.delta": _INSIDE,
-    "privacy.clip_norm": _ABOVE_0,
-    "privacy.max_rounds": _FROM_0,
-    "privacy.quantile": _INSIDE,
-    "privacy.clip_rate": _ABOVE_0,
-    "privacy.bands": _Rule("at least -1", lambda v: v >= -1),
-    "secure_aggregation.clip_norm": _ABOVE_0,
-    "secure_aggregation.bits": _Rule("32 or 64", lambda v: v in (32, 64)),
-    "secure_aggregation.threshold": _Rule("above 0.5 and at most 1", lambda v: 0.5 < v <= 1),
-    "evaluation.every": _FROM_1,
-    "evaluation.most": _FROM_0,
-    "evaluation.local_test": _FROM_0,
-    "engine.chunk": _FROM_0,
-    "engine.threads": _FROM_0,
-    "engine.workers": _FROM_0,
-    "output.folder": _FILLED,
-    "output.checkpoint_every": _FROM_1,
-    "output.keep": _FROM_1,
-}
 
 
 def load_recipe(path_or_builtin: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -174,7 +104,7 @@ def builtin_recipes() -> list[str]:
 
 def check(recipe: Recipe) -> None:
     """Raises FedpeftError that names the first key whose value breaks its rule."""
-    for key, rule in _RULES.items():
+    for key, rule in RULES.items():
         value = functools.reduce(getattr, key.split("."), recipe)
         if not rule.holds(value):
             raise FedpeftError(f"{key}={value!r} must be {rule.text}.")

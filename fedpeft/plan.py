@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -11,7 +11,9 @@ from fedpeft.cohort.chunk import MemoryEstimate, estimate
 from fedpeft.comms.ledger import Bytes, message_bytes, stack_bytes
 from fedpeft.model import kind_of
 from fedpeft.prepare import Prepared
+from fedpeft.privacy.outlook import outlook
 from fedpeft.steps import steps_of
+from fedpeft.tree import numel
 
 SOME = 1000
 """Clients whose data are read for the plan: every one, or every n-th."""
@@ -25,7 +27,7 @@ class Plan:
     largest); steps are optimizer steps per round. test: examples of the global test set.
     trainable: parameters by kind; frozen: of the base. down, up: bytes per client and round by
     kind. tokens: expected per round (SOME clients'). memory: estimate per client of a chunk, in
-    bytes. workers: processes with a chunk each (of Flower's engine: 1).
+    bytes. workers: processes with a chunk each (of Flower's engine: 1). privacy: what it asks for.
     """
 
     strategy: str
@@ -47,6 +49,7 @@ class Plan:
     up: Bytes
     tokens: int
     memory: MemoryEstimate
+    privacy: dict[str, str] = field(default_factory=dict)
 
 
 def make_plan(prepared: Prepared) -> Plan:
@@ -87,7 +90,13 @@ def make_plan(prepared: Prepared) -> Plan:
         up=message_bytes(type(sent[0])(reply, scalars)),
         tokens=round(tokens),
         memory=estimate(network, prepared.gradients, prepared.workers),
+        privacy=_privacy(prepared, sizes, sum(numel(tree) for tree in reply.values())),
     )
+
+
+def _privacy(prepared: Prepared, sizes: np.ndarray, numbers: int) -> dict[str, str]:
+    terms = prepared.terms
+    return {} if terms is None else outlook(terms, prepared.recipe, sizes, numbers)
 
 
 def _spread(values: np.ndarray) -> tuple[int, int, int]:

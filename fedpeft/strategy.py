@@ -59,14 +59,13 @@ same clients' rows of the trees that ``Cohort.fit`` was given under that name.
 Expand = Callable[[Tree], Tree]
 """``trained -> the model's own trainable tensors``, stacked, row by row, differentiable.
 
-What is trained may be other tensors than the model's: a core R with ``lora_B = B R``, heads, the
-leading rows of a factor. Whatever works on tensors (steps, clipping, per-example gradients,
-``adjust``) works on what is trained. Rows are the clients of a step, or examples: never mix them.
+What is trained may be other tensors than the model's: a core R with ``lora_B = B R``, the leading
+rows of a factor. What works on tensors (steps, clipping, ``adjust``) works on what is trained. Rows
+are the clients of a step, or examples: never mix them.
 """
 
 
 def _no_weight(layer: str) -> Tensor:
-    """Raises FedpeftError: this problem was made without a model at hand."""
     raise FedpeftError(
         f"the pretrained weight of {layer!r} is not at hand here: choose a setting of the strategy "
         f"that does not need it."
@@ -74,7 +73,6 @@ def _no_weight(layer: str) -> Tensor:
 
 
 def _nothing_public() -> Tree:
-    """Raises FedpeftError: the server owns no data."""
     raise FedpeftError(
         "the strategy starts from a gradient on public data, and there are none: name a split that "
         "the server owns with data.public, or choose another start of the strategy."
@@ -88,8 +86,7 @@ class Problem:
     initial: every trainable tensor of the model as peft initialised it, float32.
     scaling: LoRA layer (the prefix of its tensors' names) -> s in ``W + s B A``; else empty.
     clients: names of all registered clients, ascending; there may be a million.
-    rounds: communication rounds that the run will have.
-    seed: the run's seed; derive streams with ``fedpeft.streams``.
+    rounds: rounds of the run. seed: the run's; derive streams with ``fedpeft.streams``.
     weight: LoRA layer -> its pretrained weight ``[d_out, d_in]``, a copy in float32 on the CPU.
     public_gradients: the gradient of the mean loss over the server's own public data by these
     weights, at ``initial``: LoRA layer -> ``[d_out, d_in]``.
@@ -225,8 +222,8 @@ class Strategy(ABC, Generic[S]):
     updates, ``dW = sum_k p_k dW_k``; without it the mean of factors or something else.
     keeps: clients keep what the server once sent them (``Cohort.keep``).
     folds: the frozen base changes; ``base`` and ``followed`` say how.
-    linear: ``receive`` reads replies only through means of their trees and scalars weighted by the
-    scalar ``weight``; so replies may be averaged in parts, each part with its total weight.
+    linear: ``receive`` reads replies only through means of their trees and scalars by the scalar
+    ``weight`` (and who they are from); so they may be averaged in parts of that total weight.
     averages: what a lone client trained is the state after the round; without it the server takes
     a step of its own (a server optimizer, a merge of task vectors).
     exchanges: how often in a round ``send``, ``train`` and ``receive`` follow each other, with the
@@ -267,11 +264,7 @@ class Strategy(ABC, Generic[S]):
         """The global adapter that the state stands for: every trainable tensor of the model."""
 
     def asks(self) -> frozenset[str]:
-        """What ``train`` asks of the clients' data beside ``fit``.
-
-        Of ``gradients``, ``losses`` and ``weight_gradients``, those that it may call with these
-        settings. No noise covers them.
-        """
+        """Which of ``gradients``, ``losses``, ``weight_gradients`` the clients are asked for."""
         return frozenset()
 
     def groups(self, state: S, clients: Sequence[str]) -> list[tuple[str, ...]]:

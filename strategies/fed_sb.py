@@ -10,9 +10,8 @@ B = U, A = V^T, R_0 = S / s, with G the summed gradient of the full weights.
 - ``random``: seeded; 8 bytes in place of the bases; R_0 = 0.
 - ``public``: G of the server's own public data (``data.public``): nothing private in it.
 - ``weights``: the leading singular vectors of W_0, which hold no private data; R_0 = 0.
-- ``gradients_unprotected``: in round 1 every client sends G_k, dense, of all its data, and nothing
-  is trained; G = sum_k p_k G_k. Private data in the clear: no claim of differential privacy.
-Not here: G of pooled data, as in the authors' code, or noised and charged.
+- ``gradients``: in round 1 every client sends G_k, dense, of all its data, and nothing is trained;
+  G = sum_k p_k G_k. Under privacy.unit=client a release like any other: clipped, noised, charged.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from fedpeft.lowrank import fresh_pairs, leading_svd, lora_pairs, orthonormal_pairs
+from fedpeft.lowrank import fresh_pairs, is_a, leading_svd, lora_pairs, orthonormal_pairs
 from fedpeft.message import Message, Messages, Replies, noted, weighted_mean
 from fedpeft.strategy import Cohort, Problem, Strategy, group_by
 from fedpeft.streams import derive
@@ -46,13 +45,14 @@ class FedSB(Strategy[State]):
 
     exact: ClassVar[bool] = True
     keeps: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
 
-    start: Literal["random", "public", "weights", "gradients_unprotected"] = "random"
+    start: Literal["random", "public", "weights", "gradients"] = "random"
     first_step: float = 0.0
 
     def init(self, problem: Problem) -> State:
         trained, frozen = dict(problem.initial), Tree()
-        seed, known = derive(problem.seed, "fed_sb"), self.start != "gradients_unprotected"
+        seed, known = derive(problem.seed, "fed_sb"), self.start != "gradients"
         for layer, (name_a, name_b) in fresh_pairs(problem.initial, "fed_sb").items():
             frozen |= {name: trained.pop(name) for name in (name_a, name_b)}
             a = frozen[name_a]
@@ -66,8 +66,7 @@ class FedSB(Strategy[State]):
         return self._stepped(state, problem.public_gradients()) if self.start == "public" else state
 
     def asks(self) -> frozenset[str]:
-        private = ("weight_gradients", "losses") if self.start == "gradients_unprotected" else ()
-        return frozenset(private)
+        return frozenset({"weight_gradients", "losses"} if self.start == "gradients" else ())
 
     def groups(self, state: State, clients: Sequence[str]) -> list[tuple[str, ...]]:
         sent = state.held if self.start != "random" else {}
@@ -87,11 +86,9 @@ class FedSB(Strategy[State]):
         if "like" in messages.trees:
             at = self.personal(messages, cohort)
             own = {f"{n}.lora_G": g for n, g in cohort.weight_gradients(at).items()}
-            loss = cohort.losses(at)
-            return messages.reply({"gradients": own}, weight=cohort.weights, loss=loss)
+            return messages.reply({"gradients": own}, weight=cohort.weights, loss=cohort.losses(at))
         cores, frozen = messages.trees["cores"], self._received(messages, cohort)
-        fixed = select(frozen, lambda name: ".lora_A." in name)
-        fit = cohort.fit(cores, fixed=fixed, expand=lambda t: expanded(t, frozen))
+        fit = cohort.fit(cores, fixed=select(frozen, is_a), expand=lambda t: expanded(t, frozen))
         return messages.reply({"cores": fit.adapter}, weight=cohort.weights, loss=fit.loss)
 
     def receive(self, state: State, replies: Replies) -> State:
@@ -105,12 +102,11 @@ class FedSB(Strategy[State]):
     def _stepped(self, state: State, gradient: Tree) -> State:
         """Bases and cores from G, by layer ``[d_out, d_in]``."""
         trained, frozen = dict(state.trained), dict(state.frozen)
-        for layer, (name_a, name_b) in lora_pairs(frozen, "fed_sb").items():
+        for n, (name_a, name_b) in lora_pairs(frozen, "fed_sb").items():
             a = frozen[name_a]
-            u, sigma, vt = leading_svd(-gradient[layer].sign(), len(a))
+            u, sigma, vt = leading_svd(-gradient[n].sign(), len(a))
             frozen |= {name_a: vt.to(a), name_b: u.to(a)}
-            core = self.first_step / state.scaling[layer] * sigma
-            trained[f"{layer}.lora_R"] = core.diag().to(a)
+            trained[f"{n}.lora_R"] = (self.first_step / state.scaling[n] * sigma).diag().to(a)
         return replace(state, trained=trained, frozen=frozen, known=True)
 
     def expects(self, sent: Message) -> dict[str, Tree]:

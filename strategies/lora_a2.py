@@ -4,13 +4,11 @@ Koo et al., "Towards Robust and Efficient Federated Low-Rank Adaptation with Het
 ACL 2025 (arXiv 2410.22815). All clients hold the same other factor, as in RoLoRA, so rounds are
 exact: X <- X + sum_k p_k dX_k. Client k scores rank i of each of N layers by ||dB[:, i] A[i, :]||_F
 = ||dB[:, i]|| ||A[i, :]|| (rounds of A: ||B[:, i]|| ||dA[i, :]||), trains the rank * N best of all
-layers together, and sends these columns (rows) of dX_k with their numbers. Where layers differ in
-width, all are padded to the widest.
+layers together, and sends these columns (rows) of dX_k with their numbers, padded to the widest.
 
 Differences: the paper's probe, an epoch of training, is here one gradient over the client's data,
 dX = -dF_k/dX, and s multiplies the norms, as it may differ between layers; heads are trained and
 averaged, the paper freezes its head; one learning rate, the paper's is 5 times larger for B.
-The choice of ranks looks at private data: under differential privacy it is one more release.
 """
 
 from __future__ import annotations

@@ -25,11 +25,12 @@ from fedpeft.audit.report import Finding
 from fedpeft.config_load import parse_recipe
 from fedpeft.data.clients import Population
 from fedpeft.data.examples import Examples
-from fedpeft.engine import play_round
+from fedpeft.engine import Seam, play_round
 from fedpeft.errors import FedpeftError
 from fedpeft.events import Watcher
 from fedpeft.federation import Failure
 from fedpeft.prepare import Prepared, prepare
+from fedpeft.privacy.outlook import promised
 from fedpeft.record.folder import RunFolder
 from fedpeft.strategy import Messages, addressed
 from fedpeft.tree import Tree
@@ -46,12 +47,12 @@ class Settings:
     """How a run is audited.
 
     canaries: how many, each in or out by a coin. seed: of the canaries and coins (None: from the
-    operating system). delta: of the bound on epsilon.
+    operating system). delta: of the bound on epsilon (None: the recipe's).
     """
 
     canaries: int = 200
     seed: int | None = 0
-    delta: float = 1e-5
+    delta: float | None = None
 
 
 def audit_run(folder: str, settings: Settings, watcher: Watcher) -> list[Finding]:
@@ -67,8 +68,14 @@ def audit_run(folder: str, settings: Settings, watcher: Watcher) -> list[Finding
 
 
 def claimed(prepared: Prepared) -> float:
-    """The epsilon that the run's recipe promises for one example; infinite without privacy."""
-    return math.inf
+    """The epsilon that the run's recipe promises for one example; infinite without privacy.
+
+    What holds for all data of a client holds for each of its examples.
+    """
+    if prepared.terms is None:
+        return math.inf
+    sizes = prepared.population.clients.roster.numbers
+    return promised(prepared.terms, prepared.recipe, sizes)
 
 
 def audit_prepared(prepared: Prepared, settings: Settings, watcher: Watcher) -> list[Finding]:
@@ -90,9 +97,10 @@ def audit_prepared(prepared: Prepared, settings: Settings, watcher: Watcher) -> 
         )
     planted = plant(prepared.population, settings.canaries, stream_of(settings.seed))
     trained = _Trained(prepared, planted.population, watcher)
-    promise = claimed(prepared)
+    promise = claimed(trained.prepared)
+    delta = prepared.recipe.privacy.delta if settings.delta is None else settings.delta
     findings = [
-        *_canaries(trained, planted, promise, settings.delta),
+        *_canaries(trained, planted, promise, delta),
         _training_examples(trained, promise),
     ]
     text = _text(trained, promise)
@@ -114,6 +122,7 @@ class _Trained:
         self.victim = _victim(own.population)
         recipe, strategy = prepared.recipe, prepared.strategy
         federation = prepared.federation(watcher.chunk_done)
+        played, seam = prepared.secured(federation), Seam(prepared.post)
         self.state = strategy.init(prepared.problem)
         watcher.stage("audit", recipe.rounds.count)
         for number in range(1, recipe.rounds.count + 1):
@@ -123,7 +132,7 @@ class _Trained:
             tokens = sum(federation.tokens(name) for name in names)
             watcher.round_began(number, len(names), tokens)
             self.state, report = play_round(
-                strategy, self.state, federation, recipe.rounds, recipe.seed, number
+                strategy, self.state, played, recipe.rounds, recipe.seed, number, seam
             )
             watcher.round_done(report, None)
 
@@ -194,7 +203,7 @@ def _update(
         after = reply.trees.get(name, {})
         if after.keys() == before.keys():
             old, new = ({k: v[0].cpu() for k, v in t.items()} for t in (before, after))
-            found = tree.sub(new, old) | found
+            found = (new if prepared.level is not None else tree.sub(new, old)) | found
     return found or None
 
 

@@ -80,6 +80,7 @@ def _work(found: Plan) -> Group:
         _pair("clients", f"{found.clients:,}, {_sampled(found)} in a round"),
         _pair("test examples", f"{found.test:,}{labels}"),
         _pair("tokens in a round", f"about {found.tokens:,}"),
+        *(_pair(name, value) for name, value in found.privacy.items()),
         "",
         each,
     )

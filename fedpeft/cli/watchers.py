@@ -127,6 +127,8 @@ class Lines(Watcher):
         missing = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
         lost = f"; replies missing: {missing}" if missing else ""
         self._say(f"{summary.rounds} rounds; {units.clock(summary.seconds)} in all{lost}")
+        for line in summary.privacy:
+            self._say(line, "bold red" if line.startswith("VOID") else "", indent=2)
         if summary.adapter:
             recipe = load_recipe(str(Path(summary.folder) / "recipe.yaml"))
             code = loading.lines(recipe, self._labels, summary.adapter)

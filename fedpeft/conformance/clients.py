@@ -289,6 +289,19 @@ def personal_adapters_are_complete(strategy: Strategy[Any]) -> str:
     return "clients have their own" if strategy.remembers else "the global adapter for all"
 
 
+def what_clients_are_asked_is_declared(strategy: Strategy[Any]) -> str:
+    """``asks`` names the gradients and losses that ``train`` asks of clients' data, no others.
+
+    No noise covers these: it is by this declaration that they are refused under privacy.
+    """
+    toy = toy_for(strategy)
+    play(strategy, toy)
+    declared, asked = set(strategy.asks()), toy.asked
+    require(asked <= declared, f"it asks for {sorted(asked - declared)}, which asks() leaves out")
+    require(declared <= asked, f"asks() names {sorted(declared - asked)}, which it never asks for")
+    return f"asks for {', '.join(sorted(asked)) or 'nothing beside training'}"
+
+
 PROPERTIES: tuple[Callable[[Strategy[Any]], str], ...] = (
     the_order_of_clients_changes_nothing,
     the_size_of_stacks_changes_nothing,
@@ -301,5 +314,6 @@ PROPERTIES: tuple[Callable[[Strategy[Any]], str], ...] = (
     private_memory_is_its_owners_alone,
     private_memory_does_not_travel,
     personal_adapters_are_complete,
+    what_clients_are_asked_is_declared,
 )
 """The properties of this file."""

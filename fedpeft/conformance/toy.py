@@ -61,7 +61,7 @@ class Toy:
     client -> the private memory that the strategy keeps there. trained, bases: client -> its whole
     adapter after its last local training, and the change of the base that it trained on. moved:
     names of the model's tensors that local trainings were asked to train so far. shelf: what
-    clients were given once and keep.
+    clients were given once and keep. asked: what of their data they were asked for beside ``fit``.
     """
 
     initial: Tree
@@ -76,6 +76,7 @@ class Toy:
     bases: dict[str, Tree] = field(default_factory=dict)
     moved: set[str] = field(default_factory=set)
     shelf: Shelf = field(default_factory=Shelf)
+    asked: set[str] = field(default_factory=set)
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -187,9 +188,9 @@ class ToyCohort(Cohort):
         steps = torch.tensor([toy.steps[c] for c in self.clients])
         loss = torch.zeros(len(self.clients), dtype=torch.float64)
         for step in range(int(steps.max())):
-            losses = self.losses(now, fixed=fixed, expand=expand, base=base)
+            losses = self._losses(now, fixed, expand, base)
             loss += torch.where(step < steps, losses, 0.0)
-            gradient = self.gradients(now, fixed=fixed, expand=expand, base=base)
+            gradient = self._gradients(now, fixed, expand, base)
             if adjust is not None:
                 active = torch.nonzero(step < steps).flatten().tolist()
                 gradient = self._adjusted(adjust, gradient, now, own or {}, active)
@@ -237,6 +238,12 @@ class ToyCohort(Cohort):
         expand: Expand | None = None,
         base: Tree | None = None,
     ) -> Tree:
+        self._toy.asked.add("gradients")
+        return self._gradients(at, fixed, expand, base)
+
+    def _gradients(
+        self, at: Tree, fixed: Tree | None, expand: Expand | None, base: Tree | None
+    ) -> Tree:
         whole = zip(self.clients, self._whole(at, fixed, expand), strict=True)
         outer = tree.stack([self._toy.gradient(client, own, base) for client, own in whole])
         if expand is None:
@@ -256,6 +263,12 @@ class ToyCohort(Cohort):
         expand: Expand | None = None,
         base: Tree | None = None,
     ) -> Tensor:
+        self._toy.asked.add("losses")
+        return self._losses(at, fixed, expand, base)
+
+    def _losses(
+        self, at: Tree, fixed: Tree | None, expand: Expand | None, base: Tree | None
+    ) -> Tensor:
         found = []
         for client, whole in zip(self.clients, self._whole(at, fixed, expand), strict=True):
             errors = self._toy.errors(client, whole, base).values()
@@ -263,6 +276,7 @@ class ToyCohort(Cohort):
         return torch.stack(found)
 
     def weight_gradients(self, at: Tree, *, fixed: Tree | None = None) -> Tree:
+        self._toy.asked.add("weight_gradients")
         rows = zip(self.clients, self._whole(at, fixed, None), strict=True)
         errors = [self._toy.errors(client, whole) for client, whole in rows]
         return tree.stack([{n: e[n] for n in self._toy.scaling} for e in errors])

@@ -57,7 +57,7 @@ def gap(left: Tree, right: Tree) -> float:
         {"name": "ravan"},
         {"name": "hetlora", "ranks": [1, 2]},
         {"name": "fed_sb", "start": "weights"},
-        {"name": "fed_sb", "start": "gradients_unprotected", "first_step": 0.01},
+        {"name": "fed_sb", "start": "gradients", "first_step": 0.01},
     ],
     ids=lambda own: "-".join(str(v) for v in own.values()),
 )

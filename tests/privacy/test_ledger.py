@@ -15,6 +15,7 @@ import pytest
 from fedpeft.errors import FedpeftError
 from fedpeft.privacy import ledger as module
 from fedpeft.privacy.accountants import epsilon
+from fedpeft.privacy.calibrate import affordable, affordable_of
 from fedpeft.privacy.events import (
     Composed,
     Event,
@@ -108,7 +109,7 @@ def test_may_is_whether_the_budget_would_hold_it(path: Path, start: Event, accou
     budget = Budget(3.0 if sampled else 2.5, 1e-5, accountant)  # type: ignore[arg-type]
     with Ledger.open(path, budget) as ledger:
         ledger.charge(0, {"a": start}, "start")
-        for event in (Repeated(Gaussian(4.0), 2), ROUND):
+        for event in (Composed((ROUND, Gaussian(9.0))), Repeated(Gaussian(12.0), 2), ROUND):
             for round_ in range(1, 60):
                 after = epsilon(Composed((ledger.spent("a"), event)), 1e-5, budget.accountant)
                 assert ledger.may("a", event) == (after <= budget.epsilon)
@@ -128,6 +129,29 @@ def test_may_of_sampled_steps_is_exact_where_rdp_would_say_no(path: Path) -> Non
         spent = ledger.spent("a")
     assert epsilon(spent, 1e-5) <= 4.0 < epsilon(Composed((spent, steps)), 1e-5)
     assert epsilon(spent, 1e-5, "rdp") > 4.0
+
+
+def test_may_asks_the_accountant_seldom(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For clients with different counts of one event: RDP, then one search for all of them."""
+    event, asked = Gaussian(9.0), []
+    rdp, prv = (affordable(event, 3.0, 1e-5, by) for by in ("rdp", "prv"))  # type: ignore[arg-type]
+    assert (rdp, prv) == (36, 41)
+
+    def pricing(*args: object) -> float:
+        asked.append(args[2])
+        return original(*args)  # type: ignore[arg-type]
+
+    original = module.epsilon_of
+    with Ledger.open(path, Budget(3.0, 1e-5)) as ledger:
+        for round_ in range(prv):  # client k will have had it k + 1 times
+            ledger.charge(round_, {f"c{k}": event for k in range(prv) if k >= prv - 1 - round_})
+        monkeypatch.setattr(module, "epsilon_of", pricing)
+        affordable_of.cache_clear()
+        assert all(ledger.may(f"c{k}", event) for k in range(rdp - 1))
+        assert affordable_of.cache_info().misses == 0
+        assert [ledger.may(f"c{k}", event) for k in range(prv)] == [True] * (prv - 1) + [False]
+        assert affordable_of.cache_info().misses == 1
+    assert set(asked) == {"rdp"}
 
 
 def test_over_the_budget_nobody_is_charged(path: Path) -> None:

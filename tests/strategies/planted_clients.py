@@ -48,6 +48,8 @@ class Clients(FedAvg):
 
         fit = cohort.fit(start, adjust=pull)
         adapter, loss, weight = fit.adapter, fit.loss, cohort.weights
+        if self.bug == "losses asked in secret":
+            loss = cohort.losses(adapter)
         if self.bug == "another client's weight":
             weight = weight.roll(1)
         if self.bug == "one loss for all":

@@ -29,8 +29,8 @@ from tests.strategies.toy import (
     some,
 )
 
-Start = Literal["random", "public", "weights", "gradients_unprotected"]
-STARTS = pytest.mark.parametrize("start", ["random", "public", "weights", "gradients_unprotected"])
+Start = Literal["random", "public", "weights", "gradients"]
+STARTS = pytest.mark.parametrize("start", ["random", "public", "weights", "gradients"])
 
 
 def core(layer: str) -> str:
@@ -65,7 +65,7 @@ def oracle(toy: Toy, present: Present, first: int, cores: Arrays, frozen: Arrays
 def test_three_rounds_equal_the_rule_in_numpy(start: Start, present: Present) -> None:
     toy, strategy = make(), FedSB(start, first_step=0.3)
     states = play(strategy, toy, 3, present, size=2).states
-    first = 2 if start == "gradients_unprotected" else 1
+    first = 2 if start == "gradients" else 1
     begun = states[first - 1]
     frozen = arrays(begun.frozen)
     wanted = oracle(toy, present, first, arrays(begun.trained), frozen)
@@ -112,7 +112,7 @@ def test_bases_are_orthonormal_so_a_core_is_as_long_as_its_update(start: Start) 
 
 def test_the_start_is_the_best_rank_r_part_of_the_first_step() -> None:
     """SB3: s B R_0 A is -eta sign(G) to rank r, and what is left is the tail of the spectrum."""
-    toy, strategy = make(), FedSB("gradients_unprotected", first_step=0.3)
+    toy, strategy = make(), FedSB("gradients", first_step=0.3)
     played = play(strategy, toy, 1, size=2)
     state = played.states[-1]
     weight = torch.tensor([toy.weights[c] for c in toy.clients], dtype=torch.float64)
@@ -124,7 +124,7 @@ def test_the_start_is_the_best_rank_r_part_of_the_first_step() -> None:
         left = toy.update(strategy.adapter(state), layer) - step
         assert float(left.norm()) == pytest.approx(float(s[r:].norm()), rel=1e-9, abs=1e-12)
     assert float(tree.norm(played.states[0].trained)) > 0
-    zero = play(FedSB("gradients_unprotected"), make(), 1).states[-1]
+    zero = play(FedSB("gradients"), make(), 1).states[-1]
     assert not any(bool(zero.trained[core(layer)].any()) for layer in LAYERS)
 
 

@@ -98,6 +98,7 @@ BUGS: list[tuple[Strategy[Any], Property]] = [
     (Clients("writes into the initial adapter"), contract.nothing_given_is_written_to),
     (Clients("adjust writes into the adapter"), rule.one_client_is_local_training),
     (Clients("message from a cache"), clients.personal_adapters_are_complete),
+    (Clients("losses asked in secret"), clients.what_clients_are_asked_is_declared),
     (Clients("one loss for all"), clients.nothing_of_one_client_reaches_another),
     (Clients("centred over the cohort"), clients.nothing_of_one_client_reaches_another),
     (History("a set in the state"), contract.states_are_frozen_data),
