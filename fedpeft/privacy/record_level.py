@@ -125,7 +125,7 @@ class RecordLevel(Postprocessor):
         return Messages(reply.clients, reply.trees, scalars, reply.blobs)
 
     def _calibrate(self, at: int) -> float:
-        """The multiplier for all sizes of a bin: sampled at the highest rate, for the most steps."""
+        """The multiplier for all sizes of a bin: by the highest rate and the most steps."""
         low = self._bounds[at]
         high = self._bounds[at + 1] - 1 if at + 1 < len(self._bounds) else low
         if len(self._bounds) <= EXACT:

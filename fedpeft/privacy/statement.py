@@ -18,6 +18,7 @@ from fedpeft.privacy.terms import Terms
 _RELATION = {
     "record": "one example of one client more or less",
     "client": "one client's update replaced by zero",
+    "local": "one client's update replaced by any other",
 }
 _SAMPLED = {
     "poisson": "each client takes part in a round by an independent secret draw; the guarantee is "
@@ -33,8 +34,12 @@ _TRUSTED = {
     "shares": "secure aggregation: fewer than its threshold of clients and the server together",
 }
 _SEEDED = (
-    "the noise follows from the recipe's seed (privacy.randomness=seeded), so whoever knows the seed "
-    "can take it away"
+    "the noise follows from the recipe's seed (privacy.randomness=seeded), so whoever knows the "
+    "seed can take it away"
+)
+_PAST_NOISE = (
+    "whoever reads the run's checkpoints: they hold the noise of past rounds, which the next ones "
+    "take back"
 )
 NOT_COVERED = (
     "who takes part in which round, unless by secret draws",
@@ -96,8 +101,13 @@ class Statement:
 
 
 def terms_as_dict(terms: Terms, recipe: Recipe) -> dict[str, object]:
-    """What of the terms must not change within a run."""
-    return {**asdict(recipe.privacy), "rounds": terms.rounds, "sampled": terms.sampled}
+    """What must not change within a run, as plain values for JSON."""
+    return {
+        "privacy": asdict(recipe.privacy),
+        "rounds": asdict(recipe.rounds),
+        "seed": recipe.seed,
+        "participation": {"statement": terms.sampled, "most": terms.rounds},
+    }
 
 
 def statement(terms: Terms, recipe: Recipe, ledger: Ledger) -> Statement:
@@ -109,7 +119,7 @@ def statement(terms: Terms, recipe: Recipe, ledger: Ledger) -> Statement:
     by_client = isinstance(terms.mechanism, ClientLevel)
     return Statement(
         unit=terms.unit,
-        relation=_RELATION[terms.unit],
+        relation=_RELATION["local" if by_client and privacy.noise == "client" else terms.unit],
         epsilon=(spent[0][0], _middle(spent), spent[-1][0]),
         second=second,
         delta=terms.delta,
@@ -121,6 +131,7 @@ def statement(terms: Terms, recipe: Recipe, ledger: Ledger) -> Statement:
         initialisation="nothing of the clients' data is in the start; nothing is charged for it",
         terms=terms_as_dict(terms, recipe),
         void=_SEEDED if privacy.randomness == "seeded" else "",
+        not_covered=(*NOT_COVERED, _PAST_NOISE) if terms.whole_run else NOT_COVERED,
     )
 
 
@@ -147,4 +158,5 @@ def _mechanism(terms: Terms, recipe: Recipe) -> str:
     if mechanism.bands is not None:
         return f"noise correlated over {mechanism.bands.bands} rounds (banded matrix), {how}"
     where = {"server": "by the server", "client": "by each client", "shares": "in shares"}
-    return f"Gaussian noise {where[privacy.noise]}, {how}, expected number of clients below"
+    below = "clients that replied" if privacy.noise == "client" else "expected number of clients"
+    return f"Gaussian noise {where[privacy.noise]}, {how}, {below} below"
