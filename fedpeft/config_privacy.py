@@ -20,7 +20,7 @@ def check_privacy(recipe: Recipe) -> None:
     if (privacy.epsilon > 0) == (privacy.noise_multiplier > 0):
         raise FedpeftError(
             f"privacy.epsilon={privacy.epsilon:g} and privacy.noise_multiplier="
-            f"{privacy.noise_multiplier:g}: give one of the two, the budget of the run or the noise."
+            f"{privacy.noise_multiplier:g}: give one of the two, the run's budget or the noise."
         )
     if privacy.randomness == "seeded" and (recipe.engine.workers > 1 or _flower(recipe)):
         raise FedpeftError(
@@ -42,7 +42,8 @@ def _check_record(recipe: Recipe) -> None:
     if local.clip_norm > 0:
         raise FedpeftError(
             f"local.clip_norm={local.clip_norm:g} with privacy.unit=record, whose bound on each "
-            f"example's gradient is privacy.clip_norm={privacy.clip_norm:g}: leave local.clip_norm out."
+            f"example's gradient is privacy.clip_norm={privacy.clip_norm:g}: leave local.clip_norm "
+            f"out."
         )
     if recipe.engine.compile != "none":
         raise FedpeftError(
@@ -61,13 +62,14 @@ def _check_client(recipe: Recipe) -> None:
     privacy, rounds = recipe.privacy, recipe.rounds
     if rounds.weighting != "equal":
         raise FedpeftError(
-            f"privacy.unit=client with rounds.weighting={rounds.weighting!r}: a client of large weight "
-            f"would move the mean by more than the noise is made for. Set rounds.weighting=equal."
+            f"privacy.unit=client with rounds.weighting={rounds.weighting!r}: a client of large "
+            f"weight would move the mean by more than the noise is made for. Set "
+            f"rounds.weighting=equal."
         )
     if privacy.noise != "server" and (privacy.adaptive or privacy.bands):
         raise FedpeftError(
-            f"privacy.noise={privacy.noise!r} with privacy.adaptive or privacy.bands: both need noise "
-            f"that the server adds. Set privacy.noise=server."
+            f"privacy.noise={privacy.noise!r} with privacy.adaptive or privacy.bands: both need "
+            f"noise that the server adds. Set privacy.noise=server."
         )
     if privacy.adaptive and privacy.bands:
         raise FedpeftError(
@@ -86,11 +88,11 @@ def _check_client(recipe: Recipe) -> None:
 def _check_shares(recipe: Recipe) -> None:
     if not recipe.secure_aggregation.on:
         raise FedpeftError(
-            "privacy.noise=shares: a client's own share of the noise hides nothing unless nobody sees "
-            "its update alone. Set secure_aggregation.on=true, or privacy.noise=client."
+            "privacy.noise=shares: a client's own share of the noise hides nothing unless nobody "
+            "sees its update alone. Set secure_aggregation.on=true, or privacy.noise=client."
         )
     if recipe.rounds.sampling.kind == "poisson":
         raise FedpeftError(
-            "privacy.noise=shares with rounds.sampling.kind=poisson: clients must know how many share "
-            "the noise. Use rounds.sampling.kind=fixed, uniform or cyclic."
+            "privacy.noise=shares with rounds.sampling.kind=poisson: clients must know how many "
+            "share the noise. Use rounds.sampling.kind=fixed, uniform or cyclic."
         )

@@ -10,7 +10,6 @@ tree and name; where nothing like it was sent, the tensor itself.
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,8 +20,8 @@ from fedpeft.message import Messages, Replies
 from fedpeft.tree import Tree, shared
 
 
-class Postprocessor(ABC):
-    """One transform at the seam. By default it changes nothing.
+class Postprocessor:
+    """One transform at the seam. By default it changes nothing, and remembers nothing.
 
     individual: it must see each client's reply in ``enter``; else means over clients will do.
     always: ``enter`` gives a reply even where no client did.
@@ -117,7 +116,7 @@ def updates(sent: Messages, reply: Messages) -> dict[str, Tree]:
 
 
 def applied(sent: Messages, moved: Mapping[str, Tree]) -> dict[str, Tree]:
-    """Trees from updates (stacked, as many rows as ``sent`` or one): the opposite of ``updates``."""
+    """Trees from updates (stacked, as many rows as ``sent``, or one): ``updates`` undone."""
     return {
         part: {
             name: value + _was(sent, part, name, value.shape[1:]).to(value.device)

@@ -61,6 +61,11 @@ class Prepared:
     @cached_property
     def terms(self) -> Terms | None:
         """What privacy the run promises, and by which mechanism; None for none."""
+        if self.recipe.privacy.randomness == "seeded" and self.workers > 1:
+            raise FedpeftError(
+                f"privacy.randomness=seeded with {self.workers} workers would give each the same "
+                f"noise: set engine.workers=1, or privacy.randomness=secure."
+            )
         sizes = self.population.clients.roster.numbers
         return terms_of(self.recipe, sizes, self.strategy.exchanges)
 

@@ -68,20 +68,26 @@ def resume(path: str, watcher: Watcher) -> Summary:
         )
     folder.metrics.truncate_after(checkpoint.round)
     prepared.post.restore(checkpoint.extra.get("post", {}))
-    with guarded(prepared, folder) as guard:
+    with guarded(prepared, folder, checkpoint.extra.get("privacy")) as guard:
         job = _Job(prepared, folder, watcher, checkpoint, guard)
-        for text in [*warnings, f"resumed after round {checkpoint.round}"]:
+        again = [] if guard is None else guard.again(checkpoint.round)
+        for text in [*warnings, f"resumed after round {checkpoint.round}", *again]:
             job.note(checkpoint.round, text)
         return job.go()
 
 
 @contextmanager
-def guarded(prepared: Prepared, folder: RunFolder) -> Iterator[Guard | None]:
-    """What lets clients into the rounds, and its ledger in the run folder; None without privacy."""
+def guarded(
+    prepared: Prepared, folder: RunFolder, head: str | None = None
+) -> Iterator[Guard | None]:
+    """What lets clients into the rounds, and its ledger in the run folder; None without privacy.
+
+    head: what the ledger must hold.
+    """
     if prepared.terms is None:
         yield None
         return
-    guard = Guard(prepared.terms, folder.path / "privacy.jsonl", prepared.recipe)
+    guard = Guard(prepared.terms, folder.path / "privacy.jsonl", prepared.recipe, head)
     try:
         yield guard
     finally:
@@ -201,6 +207,7 @@ class _Job:
                 before["seconds"] + report.seconds,
             )
             | {"post": self.prepared.post.memory()}
+            | ({} if self.guard is None else {"privacy": self.guard.ledger.head})
         )
 
     def _test(self, state: Any) -> Score:
@@ -259,9 +266,10 @@ class _Job:
             rows.append(row)
         order = ["untrained", "local", outcome.name, "centralised"]
         rows.sort(key=lambda row: order.index(row.name))
-        promise = None if self.guard is None else self.guard.statement()
-        if promise is not None:
-            self.folder.write("privacy.json", promise.as_dict())
+        promise = None
+        if self.guard is not None:
+            self.guard.write()
+            promise = self.guard.statement()
         summary = Summary(
             task=self.prepared.population.task,
             rows=tuple(rows),

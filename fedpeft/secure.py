@@ -47,7 +47,7 @@ class SecureFederation:
         """One Partial with all clients' sum, as a mean; failures where no sum comes about.
 
         As in the protocol, fewer than three replies, or fewer than the threshold's share of the
-        clients asked, give no sum.
+        clients asked, give no sum. Nor do fewer than must share the noise.
         """
         asked = [name for stack in stacks for name in stack.clients]
         excluded: dict[str, str] = {}
@@ -61,6 +61,8 @@ class SecureFederation:
                 raise TypeError("a federation under secure aggregation must give single replies")
         there = [name for reply in replies for name in reply.clients]
         least = max(MIN_CLIENTS, math.ceil(self._settings.threshold * len(asked)))
+        if self._level.place == "shares":
+            least = max(least, self._level.least)
         if len(there) < least:
             why = f"no secure sum: {len(there)} of {len(asked)} clients, {least} are needed"
             yield from (Failure(name, why) for name in there)

@@ -61,6 +61,7 @@ class TorchCohort(Cohort):
         self._data = list(data)
         self._info = info
         self._memory, self._shelf = own
+        self._fitted = False
 
     def fit(
         self,
@@ -75,6 +76,7 @@ class TorchCohort(Cohort):
         self._place(start, fixed, expand)
         plans, noisy, progress = self._plans(), None, self._info.progress
         if self._info.private is not None:
+            self._refuse_if_fitted()
             noisy = self._info.private.steps([len(client.train) for client in self._data])
         with folded(self._network, base or {}):
             return self._trainer.fit(start, plans, progress, adjust, own, expand, noisy)
@@ -177,9 +179,18 @@ class TorchCohort(Cohort):
     def _refuse_if_private(self, what: str) -> None:
         if self._info.private is not None:
             raise FedpeftError(
-                f"privacy.unit=record, and the strategy asks for the clients' {what}, which no noise "
-                f"covers: use a strategy, or a setting of it, that learns from training alone."
+                f"privacy.unit=record, and the strategy asks for the clients' {what}, which no "
+                f"noise covers: use a strategy, or a setting of it, that learns from training only."
             )
+
+    def _refuse_if_fitted(self) -> None:
+        """The ledger is charged one local training per client and round."""
+        if self._fitted:
+            raise FedpeftError(
+                "privacy.unit=record, and the strategy trains its clients a second time within a "
+                "round, which is not charged: let train call cohort.fit once."
+            )
+        self._fitted = True
 
     def _place(self, start: Tree, fixed: Tree | None, expand: Expand | None) -> None:
         """Checks that the trees make up the whole adapter, and writes the shared part."""

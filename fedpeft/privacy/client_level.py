@@ -4,16 +4,17 @@ One release g per exchange, from the replies R that came (McMahan et al., arXiv 
 
     g = (sum_{k in R} clip(update_k, S) + noise) / n,    clip(u, S) = u min(1, S / ||u||)
 
-over all tensors of a reply together, in float64. n is the *expected* number of clients of a round,
-whoever came: leaving one client out moves the sum by at most S and nothing else, and dropouts weaken
-the signal, never the noise. Where nobody came, noise is released all the same. The strategy receives
-g as the mean update of a round, so only strategies that are linear in their replies can be protected.
+over all tensors of a reply together, in float64. n is the *expected* number of clients of a
+round, whoever came: leaving one client out moves the sum by at most S and nothing else, and
+dropouts weaken the signal, never the noise. Where nobody came, noise is released all the same. The
+strategy receives g as the mean update of a round, so only strategies that are linear in their
+replies can be protected.
 
-Three places for the noise: the server adds N(0, (z S)^2) to the sum; or every client adds its share of
-it, N(0, (z S)^2 / m) with m the fewest replies that a round may have (needs secure aggregation); or
-every client adds N(0, (2 z S)^2), full noise for the replacement of its update (local), where the
-mean is over who came. Where secure aggregation is all that is asked for, updates are clipped for it
-and nobody adds noise.
+Three places for the noise: the server adds N(0, (z S)^2) to the sum; or every client adds its share
+of it, N(0, (z S)^2 / m) with m the fewest replies that a round may have (needs secure aggregation);
+or every client adds N(0, (2 z S)^2), full noise for the replacement of its update (local), where
+the mean is over who came. Where secure aggregation is all that is asked for, updates are clipped
+for it and nobody adds noise.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedpeft.errors import FedpeftError
+from fedpeft.errors import FedpeftError, QuorumError
 from fedpeft.message import Messages, Replies
 from fedpeft.postprocess import Postprocessor, applied, flat, unflat, updates
 from fedpeft.privacy.clipping import adapt, clip, split
@@ -46,8 +47,9 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Bands:
-    """Correlated noise: ``bands``, over a run of ``rounds`` in which nobody takes part twice within
-    ``separation`` rounds.
+    """Noise of one round that the next rounds take back, in part; see ``fedpeft.privacy.matrix``.
+
+    The run has ``rounds``, in which nobody takes part twice within ``separation`` of them.
     """
 
     bands: int
@@ -139,6 +141,11 @@ class ClientLevel(Postprocessor):
             self._adapt(self.adaptive, below, came)
         if not came and not self.always:
             return
+        if self.place == "shares" and came < self.least:
+            raise QuorumError(
+                f"{came:g} clients' shares do not make up the noise of privacy.noise=shares; "
+                f"{self.least} do. The last round's adapter is kept."
+            )
         among = self.expected if self.place in ("server", "shares") else came
         moved = unflat(layout.unpack(total[None] / among), like)
         trees = applied(sent[0].rows([0]), moved)
@@ -185,9 +192,9 @@ class ClientLevel(Postprocessor):
             return std * fresh
         if self.past and len(self.past[-1]) != size:
             raise FedpeftError(
-                f"privacy.bands={self.bands.bands} correlates the noise of one round with the next, "
-                f"and this strategy's rounds release {len(self.past[-1])} and {size} numbers: set "
-                f"privacy.bands=0, or use a strategy that trains the same tensors in every round."
+                f"privacy.bands={self.bands.bands} correlates the rounds' noise, and "
+                f"this strategy's rounds release {len(self.past[-1])} and {size} numbers: set "
+                f"privacy.bands=0, or use a strategy that trains the same tensors every round."
             )
         noise = correlated(fresh, self.past, coefficients(self.bands.bands).tolist())
         self.past = [*self.past, noise][-max(1, self.bands.bands - 1) :]

@@ -1,7 +1,7 @@
 """What goes together: strategy x protection, as code. Every cell is played in a test or refused.
 
-From what a strategy declares (``linear``, ``folds``, ``asks``), never from its name, so that a user's
-own strategy has its row too. ``docs/compatibility.md`` is written by ``table``.
+From what a strategy declares (``linear``, ``folds``, ``asks``), never from its name, so that a
+user's own strategy has its row too. The table in ``docs/compatibility.md`` is ``table``'s.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ Refusal = str
 """Why not, and what to use instead; empty where it goes."""
 
 SUMS = "it works on single updates, and only their sum is seen: leave one of the two out"
+NOISED = "noise hides what an attack does: study the two apart, leave one of them out"
 UNBOUNDED = (
     "how far one client moves a robust rule's result has no useful bound, so no noise is made for "
     "it: leave it out, or use privacy.unit=record"
@@ -28,8 +29,8 @@ def record_level(strategy: Strategy[Any]) -> Refusal:
     asked = sorted(strategy.asks())
     if asked:
         return (
-            f"it asks clients for their {' and '.join(asked)}, which no noise covers: use a setting "
-            f"or a strategy that learns from training alone"
+            f"it asks clients for their {' and '.join(asked)}, which no noise covers: use a "
+            f"setting or a strategy that learns from training alone"
         )
     return ""
 
@@ -82,18 +83,14 @@ def check_compatible(recipe: Recipe, strategy: Strategy[Any]) -> None:
     for key, refusal in asked.items():
         if refusal:
             raise FedpeftError(f"{key} with strategy.name={name!r}: {refusal}.")
-    together = {
-        "secure_aggregation.on": recipe.secure_aggregation.on and SUMS,
-        "privacy.unit=client": privacy.unit == "client" and UNBOUNDED,
-    }
-    single = {
-        f"robust.rule={recipe.robust.rule}": recipe.robust.rule != "none",
-        f"attack.kind={recipe.attack.kind}": recipe.attack.kind != "none",
-    }
-    for this, on in single.items():
-        for other, refusal in together.items():
-            if on and refusal:
-                raise FedpeftError(f"{this} with {other}: {refusal}.")
+    for this, on, noised in (
+        (f"robust.rule={recipe.robust.rule}", recipe.robust.rule != "none", UNBOUNDED),
+        (f"attack.kind={recipe.attack.kind}", recipe.attack.kind != "none", NOISED),
+    ):
+        if on and recipe.secure_aggregation.on:
+            raise FedpeftError(f"{this} with secure_aggregation.on: {SUMS}.")
+        if on and privacy.unit == "client":
+            raise FedpeftError(f"{this} with privacy.unit=client: {noised}.")
 
 
 def _why_individual(strategy: Strategy[Any]) -> str:

@@ -74,6 +74,7 @@ class Ledger:
         self.budget = budget
         self._chain = chain
         self._spent: dict[str, History] = {}
+        self._last = 0
 
     @staticmethod
     def open(path: Path, budget: Budget, head: str | None = None) -> Ledger:
@@ -106,6 +107,11 @@ class Ledger:
         """The SHA-256 of the last line: it stands for the whole ledger so far."""
         return self._chain.head
 
+    @property
+    def last(self) -> int:
+        """The latest round that was charged; 0 where none was."""
+        return self._last
+
     def charge(self, round: int, events: Mapping[str, Event], note: str = "") -> None:
         """Records, for good, that each client's event is about to be released.
 
@@ -129,6 +135,7 @@ class Ledger:
         for event, clients in groups.items():
             self._add(clients, history(event))  # first: what is cut short here is counted too high
         charges = [[as_json(event), clients] for event, clients in groups.items()]
+        self._last = max(self._last, round)
         self._chain.append({"round": round, "note": note, "charges": charges})
 
     def spent(self, client: str) -> Event:
@@ -231,9 +238,10 @@ class Ledger:
     def _take(self, at: str, fields: dict[str, Any]) -> None:
         """Counts a line that was read. Raises FedpeftError where it is no charge."""
         match fields:
-            case {"round": int(), "note": str(), "charges": list(charges)} if len(fields) == 3:
+            case {"round": int(round), "note": str(), "charges": list(charges)} if len(fields) == 3:
                 for charge in charges:
                     self._take_charge(at, charge)
+                self._last = max(self._last, round)
             case _:
                 raise FedpeftError(f"{at} is no charge: it holds {sorted(fields)}.")
 

@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class Randomness:
     """A source of secret random numbers. key: 32 bytes; safe: whether nobody can know them.
 
     Every draw is a fresh stream: no number is ever given out twice, in whatever order clients,
-    steps and rounds come.
+    steps and rounds come. For the same reason it cannot be copied, or sent to another process.
     """
 
     key: bytes = field(repr=False)
@@ -48,15 +49,21 @@ class Randomness:
         )
 
     def uniform(self, count: int) -> np.ndarray:
-        """``count`` numbers, float64, uniform on a grid of 2^53 points inside (0, 1)."""
+        """``count`` numbers, float64, uniform on a grid of 2^52 points inside (0, 1).
+
+        With a bit more the largest would be rounded to 1, whose normal number is infinite.
+        """
         words = np.frombuffer(self._bytes(8 * count), dtype="<u8")
-        return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers, float64, on the CPU."""
         uniform = torch.from_numpy(self.uniform(math.prod(shape)))
         found: Tensor = torch.special.ndtri(uniform)
         return found.view(*shape)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a copy of a Randomness would repeat its numbers: make another one")
 
     def _bytes(self, count: int) -> bytes:
         """The next stream's first ``count`` bytes."""

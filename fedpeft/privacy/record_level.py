@@ -6,10 +6,10 @@ examples' gradients over all trainable tensors are clipped to C together; then::
 
     g = (sum of the clipped gradients + N(0, (z_k C)^2)) / (q_k n_k)
 
-with noise also where the batch is empty, and the expected number of examples below, not the one that
-came. What a client does with g (optimizer, proximal terms), and what the server does with the client's
-adapter, is post-processing. Clients' data are disjoint: the guarantee of each is its own, from q_k, z_k
-and the steps that it took part in.
+with noise also where the batch is empty, and the expected number of examples below, not the one
+that came. What a client does with g (optimizer, proximal terms), and what the server does with the
+client's adapter, is post-processing. Clients' data are disjoint: the guarantee of each is its own,
+from q_k, z_k and the steps that it took part in.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ GRID = 2.0**0.25
 
 @dataclass(frozen=True)
 class NoisySteps:
-    """How the clients of a cohort step. Per client: noise multiplier z_k, expected examples q_k n_k."""
+    """How the clients of a cohort step.
+
+    multipliers, expected: z_k and q_k n_k of each client, float64 ``[K]``.
+    """
 
     clip_norm: float
     multipliers: Tensor
@@ -64,7 +67,8 @@ class RecordLevel(Postprocessor):
     """The mechanism of a run: what a client of a given size does, and what that releases.
 
     sizes: the numbers of training examples that occur, by which noise is calibrated. rounds: most
-    rounds of one client. As a postprocessor it keeps a client's training loss from leaving, which no noise covers.
+    rounds of one client. As a postprocessor it keeps a client's training loss from leaving, which
+    no noise covers.
     """
 
     def __init__(
@@ -117,11 +121,11 @@ class RecordLevel(Postprocessor):
         )
 
     def leave(self, sent: Messages, reply: Messages) -> Messages:
-        scalars = {name: value for name, value in reply.scalars.items() if name != "loss"}
+        scalars = {n: value for n, value in reply.scalars.items() if n != "loss"}
         return Messages(reply.clients, reply.trees, scalars, reply.blobs)
 
     def _calibrate(self, at: int) -> float:
-        """The multiplier for all sizes of a bin: sampled at the highest rate, for the most steps."""
+        """The multiplier for all sizes of a bin: by the highest rate and the most steps."""
         low = self._bounds[at]
         high = self._bounds[at + 1] - 1 if at + 1 < len(self._bounds) else low
         if len(self._bounds) <= EXACT:

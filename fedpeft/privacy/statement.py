@@ -18,6 +18,7 @@ from fedpeft.privacy.terms import Terms
 _RELATION = {
     "record": "one example of one client more or less",
     "client": "one client's update replaced by zero",
+    "local": "one client's update replaced by any other",
 }
 _SAMPLED = {
     "poisson": "each client takes part in a round by an independent secret draw; the guarantee is "
@@ -32,11 +33,20 @@ _TRUSTED = {
     "client": "nobody but the client itself: noise is added before its update leaves it",
     "shares": "secure aggregation: fewer than its threshold of clients and the server together",
 }
+_SEEDED = (
+    "the noise follows from the recipe's seed (privacy.randomness=seeded), so whoever knows the "
+    "seed can take it away"
+)
+_PAST_NOISE = (
+    "whoever reads the run's checkpoints: they hold the noise of past rounds, which the next ones "
+    "take back"
+)
 NOT_COVERED = (
     "who takes part in which round, unless by secret draws",
     "how many examples or clients there are",
-    "figures measured on clients' own data, such as hold-out scores, and test scores where the test "
-    "set is made of the clients' hold-outs",
+    "figures measured on clients' own data, such as hold-out scores, and test scores where the "
+    "test set is made of the clients' hold-outs",
+    "the baselines of the last table, which are trained without protection",
     "the search for hyper-parameters: every further run on the same data adds to what is spent",
     "the pretrained model, taken to be public",
     "what the finite precision of float64 noise may give away (Mironov, CCS 2012)",
@@ -75,7 +85,8 @@ class Statement:
         highest, middle, lowest = self.epsilon
         figures = f"epsilon {highest:.2f} at delta {self.delta:g}"
         if self.charged > 1:
-            figures += f" for the worst of {self.charged} clients (median {middle:.2f}, least {lowest:.2f})"
+            figures += f" for the worst of {self.charged} clients"
+            figures += f" (median {middle:.2f}, least {lowest:.2f})"
         void = [f"VOID: {self.void}"] if self.void else []
         return [
             *void,
@@ -90,8 +101,13 @@ class Statement:
 
 
 def terms_as_dict(terms: Terms, recipe: Recipe) -> dict[str, object]:
-    """What of the terms must not change within a run."""
-    return {**asdict(recipe.privacy), "rounds": terms.rounds, "sampled": terms.sampled}
+    """What must not change within a run, as plain values for JSON."""
+    return {
+        "privacy": asdict(recipe.privacy),
+        "rounds": asdict(recipe.rounds),
+        "seed": recipe.seed,
+        "participation": {"statement": terms.sampled, "most": terms.rounds},
+    }
 
 
 def statement(terms: Terms, recipe: Recipe, ledger: Ledger) -> Statement:
@@ -101,10 +117,9 @@ def statement(terms: Terms, recipe: Recipe, ledger: Ledger) -> Statement:
     events = {ledger.spent(client) for client in ledger.clients()}
     second = max((epsilon(event, terms.delta, "rdp") for event in events), default=0.0)
     by_client = isinstance(terms.mechanism, ClientLevel)
-    seeded = privacy.randomness == "seeded"
     return Statement(
         unit=terms.unit,
-        relation=_RELATION[terms.unit],
+        relation=_RELATION["local" if by_client and privacy.noise == "client" else terms.unit],
         epsilon=(spent[0][0], _middle(spent), spent[-1][0]),
         second=second,
         delta=terms.delta,
@@ -113,12 +128,10 @@ def statement(terms: Terms, recipe: Recipe, ledger: Ledger) -> Statement:
         sampled=_SAMPLED[terms.sampled].format(rounds=terms.rounds),
         trusted=_TRUSTED[privacy.noise if by_client else "record"],
         mechanism=_mechanism(terms, recipe),
-        initialisation="nothing of the clients' data is in the start of the run; nothing is charged",
+        initialisation="nothing of the clients' data is in the start; nothing is charged for it",
         terms=terms_as_dict(terms, recipe),
-        void="the noise follows from the recipe's seed (privacy.randomness=seeded), so whoever knows "
-        "the seed can take it away"
-        if seeded
-        else "",
+        void=_SEEDED if privacy.randomness == "seeded" else "",
+        not_covered=(*NOT_COVERED, _PAST_NOISE) if terms.whole_run else NOT_COVERED,
     )
 
 
@@ -136,8 +149,8 @@ def _mechanism(terms: Terms, recipe: Recipe) -> str:
     privacy, mechanism = recipe.privacy, terms.mechanism
     if not isinstance(mechanism, ClientLevel):
         return (
-            f"DP-SGD in each client: Poisson batches, gradients clipped to {privacy.clip_norm:g} over "
-            f"all trainable tensors, noise by ChaCha20, expected batch size below"
+            f"DP-SGD in each client: Poisson batches, gradients clipped to {privacy.clip_norm:g} "
+            f"over all trainable tensors, noise by ChaCha20, expected batch size below"
         )
     how = f"multiplier {mechanism.noise_multiplier:.4g}, updates clipped to {privacy.clip_norm:g}"
     if mechanism.adaptive is not None:
@@ -145,4 +158,5 @@ def _mechanism(terms: Terms, recipe: Recipe) -> str:
     if mechanism.bands is not None:
         return f"noise correlated over {mechanism.bands.bands} rounds (banded matrix), {how}"
     where = {"server": "by the server", "client": "by each client", "shares": "in shares"}
-    return f"Gaussian noise {where[privacy.noise]}, {how}, expected number of clients below"
+    below = "clients that replied" if privacy.noise == "client" else "expected number of clients"
+    return f"Gaussian noise {where[privacy.noise]}, {how}, {below} below"

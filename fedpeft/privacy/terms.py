@@ -39,8 +39,8 @@ class Terms:
 
     unit: what is protected. sampled: the statement about who takes part. rounds: the most rounds
     that one client may take part in. mechanism: of unit ``record`` or ``client``. release: of unit
-    ``client``, what a round, or with bands the whole run, releases about a client; None for records.
-    delta: of the statement.
+    ``client``, what a round, or with bands the whole run, releases about a client; None for
+    records. delta: of the statement.
     """
 
     unit: Literal["record", "client"]
@@ -160,8 +160,8 @@ def _adaptive(privacy: Privacy, sigma: float, expected: float) -> Adaptive | Non
     if not sigma < 2 * std:
         raise FedpeftError(
             f"privacy.adaptive with a noise multiplier of {sigma:.3g}: the noised count of clients "
-            f"below the bound takes its share of the budget, which needs a multiplier below a tenth "
-            f"of the expected {expected:g} clients of a round. Sample more clients, or set "
+            f"below the bound takes its share of the budget, which needs a multiplier below a "
+            f"tenth of the expected {expected:g} clients of a round. Sample more clients, or set "
             f"privacy.adaptive=false."
         )
     return Adaptive(privacy.quantile, privacy.clip_rate, std)

@@ -8,7 +8,7 @@
     data.json          {"fingerprint": SHA-256 of the tokenised, partitioned data}
     metrics.jsonl      see metrics_log
     privacy.jsonl      of private runs, the ledger: see fedpeft.privacy.ledger
-    privacy.json       of private runs that are complete, the statement
+    privacy.json       of private runs, the statement; its figures are those of the end
     checkpoints/       see checkpoint
     adapter/           the final adapter, in peft's format
 """
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,10 +111,6 @@ class RunFolder:
         replace(self.path / "recipe.yaml", recipe.encode())
         _write_json(self.path / "environment.json", environment.describe())
         _write_json(self.path / "data.json", {"fingerprint": fingerprint})
-
-    def write(self, name: str, content: Mapping[str, object]) -> None:
-        """Writes a further file of the run, JSON, in one go."""
-        _write_json(self.path / name, dict(content))
 
     def recipe(self) -> str:
         """The recorded recipe (YAML). Raises FedpeftError where the run did not get that far."""
