@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import pytest
 import torch
 
 from fedpeft import tree
+from fedpeft.engine import play_round
 from fedpeft.errors import FedpeftError
+from fedpeft.lowrank import lora_pairs
 from fedpeft.strategies.fedavg import FedAvg
 from fedpeft.strategies.ffa_lora import FfaLora, orthonormal_a
 from fedpeft.strategy import Messages
@@ -28,6 +31,7 @@ from tests.strategies.toy import (
     play,
     some,
 )
+from tests.tiny import LOCAL, LORA, Tiny
 
 Start = Literal["kaiming", "orthonormal"]
 BOTH = pytest.mark.parametrize("start", ["kaiming", "orthonormal"])
@@ -106,6 +110,31 @@ def test_the_result_depends_on_the_scaling_only_through_the_learning_rate() -> N
     for layer in LAYERS:
         apart = toy.update(one, layer) - other.update(two, layer)
         assert float(apart.norm()) <= 1e-14 < float(toy.update(one, layer).norm())
+
+
+def clipped_update(factor: float, bound: float, per: Literal["client", "example"]) -> Tree:
+    """dW by layer after two rounds of the real engine, s = factor, lr and clip norm to match it."""
+    adapter = {**LORA, "lora_alpha": 2.0 * factor, "head": "frozen"}
+    local = replace(LOCAL, lr=1e8 / factor**2, clip_norm=bound * factor, clip_per=per)
+    tiny = Tiny(adapter=adapter, local=local)
+    strategy, state = FfaLora(), FfaLora().init(tiny.problem)
+    for number in (1, 2):
+        state, _ = play_round(strategy, state, tiny.federation(strategy), tiny.rounds, 0, number)
+    final, scaling = strategy.adapter(state), tiny.problem.scaling
+    assert set(scaling.values()) == {factor}
+    pairs = lora_pairs(final, "ffa_lora").items()
+    return {layer: scaling[layer] * final[b] @ final[a] for layer, (a, b) in pairs}
+
+
+@pytest.mark.parametrize("per", ["client", "example"])
+def test_scale_rate_and_clip_norm_are_one_setting(per: Literal["client", "example"]) -> None:
+    """FA3 with clipping: (s, lr, C) and (c s, lr / c^2, c C) are the same; the head is frozen."""
+    one, two = clipped_update(1.0, 1e-11, per), clipped_update(3.0, 1e-11, per)
+    loose = clipped_update(1.0, 1e3, per)
+    for layer, update in one.items():
+        size = float(update.norm())
+        assert size > 0 and float((update - two[layer]).norm()) < 1e-4 * size
+        assert float((update - loose[layer]).norm()) > 0.1 * size, "nothing was clipped"
 
 
 def test_updates_stay_in_the_row_space_of_a() -> None:
