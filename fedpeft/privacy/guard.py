@@ -103,9 +103,11 @@ class Guard:
 
     @property
     def _least(self) -> int:
+        """The fewest clients with which a round may be played."""
         mechanism = self.terms.mechanism
-        shared = isinstance(mechanism, ClientLevel) and mechanism.place == "shares"
-        return mechanism.least if shared else 1
+        if isinstance(mechanism, ClientLevel) and mechanism.place == "shares":
+            return mechanism.least
+        return 1
 
     def _may(self, client: str, event: Event) -> bool:
         if self.terms.sampled == "cap":
