@@ -80,6 +80,9 @@ class Guard:
             self._charge_everyone(number)
             return drawn
         events = {name: terms.event(sizes[name]) for name in drawn}
+        if self._recipe.privacy.epsilon > 0:
+            for examples in {sizes[name] for name in drawn}:
+                self.ledger.allow(terms.whole(examples))
         allowed = {name: event for name, event in events.items() if self._may(name, event)}
         if drawn and len(allowed) < self._least:
             raise BudgetSpentError(

@@ -75,6 +75,7 @@ class Ledger:
         self._chain = chain
         self._spent: dict[str, History] = {}
         self._last = 0
+        self._known: list[History] = []
 
     @staticmethod
     def open(path: Path, budget: Budget, head: str | None = None) -> Ledger:
@@ -155,6 +156,17 @@ class Ledger:
         """
         return self._fits(self._spent.get(client, ()), history(event))
 
+    def allow(self, event: Event) -> None:
+        """Prices repetitions of one release once, for all clients that will have at most as much.
+
+        A past whose releases are no more, none sampled more often and none with less noise, then
+        fits without a further evaluation. Nothing happens where the budget does not hold the event,
+        or it is of several releases.
+        """
+        found = history(event)
+        if len(found) == 1 and found not in self._known and self._price(found) <= self._limit:
+            self._known.append(found)
+
     def clients(self) -> list[str]:
         """All clients that were ever charged, in ascending order."""
         return sorted(self._spent)
@@ -162,13 +174,29 @@ class Ledger:
     def epsilons(self) -> list[tuple[float, int]]:
         """How spending is distributed: (epsilon, clients that spent it), the largest first.
 
-        One evaluation per distinct past; ``worst`` needs fewer.
+        One evaluation per distinct past; ``spread`` needs three at most.
         """
         clients: dict[float, int] = {}
         for past, count in self._distinct().items():
             price = self._price(past)
             clients[price] = clients.get(price, 0) + count
         return sorted(clients.items(), reverse=True)
+
+    def spread(self) -> tuple[float, float, float]:
+        """The epsilon of the client that spent most, of the one in the middle, and of the least.
+
+        Who these are, RDP says, which is cheap; then they are priced. Zeros without a client.
+        """
+        delta, found = self.budget.delta, self._distinct()
+        order = sorted(found, key=lambda past: -epsilon_of(past, delta, "rdp"))
+        if not order:
+            return 0.0, 0.0, 0.0
+        half, middle = (sum(found.values()) + 1) // 2, order[0]
+        for past in order:
+            half, middle = half - found[past], past
+            if half <= 0:
+                break
+        return self.worst(), self._price(middle), self._price(order[-1])
 
     def worst(self) -> float:
         """The largest epsilon of any client, 0 without one.
@@ -191,14 +219,20 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def _limit(self) -> float:
+        return self.budget.epsilon
+
     def _price(self, past: History) -> float:
         return epsilon_of(past, self.budget.delta, self.budget.accountant)
 
     def _fits(self, past: History, one: History) -> bool:
-        limit, delta, accountant = self.budget.epsilon, self.budget.delta, self.budget.accountant
+        limit, delta, accountant = self._limit, self.budget.delta, self.budget.accountant
         if limit == math.inf or not one:
             return True
         after = join(past, one)
+        if any(_within(after, known) for known in self._known):
+            return True
         if epsilon_of(after, delta, "rdp") <= limit:
             return True
         times, rest = _divide(past, one)
@@ -264,3 +298,13 @@ def _divide(past: History, one: History) -> tuple[int, History]:
     for release, n in one:
         counts[release] = counts.get(release, 0) - n * times
     return times, tuple(sorted((release, n) for release, n in counts.items() if n > 0))
+
+
+def _within(past: History, known: History) -> bool:
+    """Whether ``past`` costs no more than ``known``, one release repeated, whoever accounts.
+
+    Sampling less often, more noise and fewer releases each lose nothing of privacy.
+    """
+    [((rate, noise), times)] = known
+    fewer = sum(count for _, count in past) <= times
+    return fewer and all(own <= rate and more >= noise for (own, more), _ in past)

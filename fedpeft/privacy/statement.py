@@ -6,7 +6,7 @@ and its terms compared on resume.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from fedpeft.config import Recipe
@@ -113,18 +113,17 @@ def terms_as_dict(terms: Terms, recipe: Recipe) -> dict[str, object]:
 def statement(terms: Terms, recipe: Recipe, ledger: Ledger) -> Statement:
     """The statement about what the ledger has been charged so far."""
     privacy = recipe.privacy
-    spent = ledger.epsilons() or [(0.0, 1)]
     events = {ledger.spent(client) for client in ledger.clients()}
     second = max((epsilon(event, terms.delta, "rdp") for event in events), default=0.0)
     by_client = isinstance(terms.mechanism, ClientLevel)
     return Statement(
         unit=terms.unit,
         relation=_RELATION["local" if by_client and privacy.noise == "client" else terms.unit],
-        epsilon=(spent[0][0], _middle(spent), spent[-1][0]),
+        epsilon=ledger.spread(),
         second=second,
         delta=terms.delta,
         accountant=privacy.accountant,
-        charged=1 if terms.everyone else sum(count for _, count in spent),
+        charged=1 if terms.everyone else len(ledger.clients()),
         sampled=_SAMPLED[terms.sampled].format(rounds=terms.rounds),
         trusted=_TRUSTED[privacy.noise if by_client else "record"],
         mechanism=_mechanism(terms, recipe),
@@ -133,16 +132,6 @@ def statement(terms: Terms, recipe: Recipe, ledger: Ledger) -> Statement:
         void=_SEEDED if privacy.randomness == "seeded" else "",
         not_covered=(*NOT_COVERED, _PAST_NOISE) if terms.whole_run else NOT_COVERED,
     )
-
-
-def _middle(spent: Sequence[tuple[float, int]]) -> float:
-    """The (upper) median of (value, how often), largest value first."""
-    half = (sum(count for _, count in spent) + 1) // 2
-    for value, count in spent:
-        half -= count
-        if half <= 0:
-            return value
-    raise ValueError("the median of nothing is undefined")
 
 
 def _mechanism(terms: Terms, recipe: Recipe) -> str:

@@ -67,6 +67,16 @@ class Terms:
         assert isinstance(self.mechanism, RecordLevel), "clients have a release of their own"
         return self.mechanism.event(examples)
 
+    def whole(self, examples: int) -> Event:
+        """What the run may release in all about a client with so many examples, or a bound on it.
+
+        It is what the noise was found for.
+        """
+        if self.release is None:
+            assert isinstance(self.mechanism, RecordLevel), "clients have a release of their own"
+            return self.mechanism.whole(examples)
+        return self.release if self.whole_run else Repeated(self.release, self.rounds)
+
 
 def terms_of(recipe: Recipe, sizes: np.ndarray, exchanges: int) -> Terms | None:
     """The terms of a recipe with clients of these numbers of examples; None without privacy.
