@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,11 +11,13 @@ from torch import Tensor
 from fedpeft.attacks.settings import Attack
 from fedpeft.attacks.tampering import tamper
 from fedpeft.errors import FedpeftError
+from fedpeft.lowrank import is_a
 from fedpeft.message import Messages, Replies
 from fedpeft.postprocess import Postprocessor, applied, flat, unflat, updates
+from fedpeft.robust.distances import product_distances, squared_distances
 from fedpeft.robust.rules import combine
 from fedpeft.robust.settings import Robust
-from fedpeft.tree import Layout, Tree, shared
+from fedpeft.tree import Layout, Tree, row, shared
 
 Root = Callable[[Messages], Messages]
 """What the server's own training makes of what it sent (one row): a reply (one row)."""
@@ -25,11 +27,13 @@ Root = Callable[[Messages], Messages]
 class RobustRule(Postprocessor):
     """One update in place of the mean of a round's; see ``fedpeft.robust``.
 
-    root: of ``fltrust``, which compares every update with the server's own.
+    root: of ``fltrust``, which compares every update with the server's own. scaling: LoRA layer ->
+    s, for distances between products.
     """
 
     settings: Robust
     root: Root | None = None
+    scaling: Mapping[str, float] = field(default_factory=dict)
     individual: bool = True
 
     def enter(
@@ -45,8 +49,29 @@ class RobustRule(Postprocessor):
         own = None
         if self.root is not None:
             own = _rows(one, self.root(one), layout)[0]
-        moved = combine(self.settings, rows, weights, own)
+        apart = None
+        if self.settings.space == "product":
+            apart = self._apart(like, found)
+        moved = combine(self.settings, rows, weights, own, apart)
         yield _as_reply(one, moved, layout, like, float(weights.sum()))
+
+    def _apart(self, like: Mapping[str, Tree], found: Sequence[Messages]) -> Tensor:
+        """Squared distances ``[n, n]`` between what the replies' adapters do, and their heads."""
+        flat_ = [flat(reply.trees) for reply in found]
+        whole = {name: torch.cat([one[name].cpu() for one in flat_]) for name in flat(like)}
+        pairs = {n.split(".lora_A.")[0]: (n, n.replace(".lora_A.", ".lora_B.")) for n in whole}
+        pairs = {layer: p for layer, p in pairs.items() if is_a(p[0]) and p[1] in whole}
+        if not pairs or any("lora_" in n and n not in sum(pairs.values(), ()) for n in whole):
+            raise FedpeftError(
+                "robust.space=product compares products B A, and this strategy's replies do not "
+                "hold both factors of every layer: set robust.space=factors."
+            )
+        scaling = {layer: self.scaling[layer.split("/")[-1]] for layer in pairs}
+        total = product_distances({n: (whole[a], whole[b]) for n, (a, b) in pairs.items()}, scaling)
+        rest = {name: value for name, value in whole.items() if "lora_" not in name}
+        if rest:
+            total = total + squared_distances(Layout.of(row(rest, 0)).pack(rest).double())
+        return total
 
 
 @dataclass

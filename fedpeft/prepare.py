@@ -79,7 +79,7 @@ class Prepared:
             found.append(clipped_for_sums(recipe, Randomness.secure()))
         if recipe.robust.rule != "none":
             root = self._root if recipe.robust.rule == "fltrust" else None
-            found.append(RobustRule(recipe.robust, root))
+            found.append(RobustRule(recipe.robust, root, self.network.scaling))
         if recipe.attack.kind != "none":
             bad = attackers(recipe.attack, self.population.clients.names, recipe.seed)
             found.append(Attackers(recipe.attack, bad, recipe.seed))
