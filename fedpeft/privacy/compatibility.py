@@ -47,7 +47,7 @@ def client_level(strategy: Strategy[Any]) -> Refusal:
 def secure_aggregation(strategy: Strategy[Any]) -> Refusal:
     """``secure_aggregation.on``: the server learns the sum of the updates alone."""
     if strategy.pools:
-        return "there is only one party: nothing is aggregated"
+        return "there is only one party, and nothing is aggregated: use a federated strategy"
     if not strategy.linear:
         return f"{_why_individual(strategy)}, and only their sum is seen: use a linear strategy"
     return ""
@@ -56,7 +56,7 @@ def secure_aggregation(strategy: Strategy[Any]) -> Refusal:
 def robust_rule(strategy: Strategy[Any]) -> Refusal:
     """``robust.rule``: one update in place of the clients' mean."""
     if strategy.pools:
-        return "there is only one party: nothing is aggregated"
+        return "there is only one party, and nothing is aggregated: use a federated strategy"
     if not strategy.linear:
         return f"{_why_individual(strategy)}, and a rule leaves one update: use a linear strategy"
     return ""
