@@ -126,6 +126,8 @@ def check(recipe: Recipe) -> None:
         )
     _check_engine(recipe.engine)
     check_privacy(recipe)
+    recipe.robust.check_settings()
+    recipe.attack.check()
     if not _DEVICE.fullmatch(recipe.engine.device):
         raise FedpeftError(
             f"engine.device={recipe.engine.device!r} must be auto, cpu, cuda or cuda:N."

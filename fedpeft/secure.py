@@ -78,7 +78,7 @@ class SecureFederation:
         excluded: Mapping[str, str],
     ) -> Partial:
         sizes = self._inner.clients()
-        heaviest = 1.0 if self._equal else float(max(sizes[name] for name in sent.clients))
+        heaviest = 1.0 if self._equal else float(max(sizes[name] for name in asked))
         fixed = FixedPoint(
             bits=self._settings.bits,
             clip=self._level.reach(sent),

@@ -66,6 +66,7 @@ are the clients of a step, or examples: never mix them.
 
 
 def _no_weight(layer: str) -> Tensor:
+    """Raises FedpeftError."""
     raise FedpeftError(
         f"the pretrained weight of {layer!r} is not at hand here: choose a setting of the strategy "
         f"that does not need it."
@@ -73,6 +74,7 @@ def _no_weight(layer: str) -> Tensor:
 
 
 def _nothing_public() -> Tree:
+    """Raises FedpeftError."""
     raise FedpeftError(
         "the strategy starts from a gradient on public data, and there are none: name a split that "
         "the server owns with data.public, or choose another start of the strategy."
@@ -105,9 +107,8 @@ class Problem:
 class Fit:
     """The result of local training.
 
-    adapter: stacked tree, ``[K, *shape]``, the names that ``fit`` was given.
-    loss: mean training loss over the steps, nats per example or token, ``[K]``.
-    steps: optimizer steps taken, ``[K]``.
+    adapter: stacked, the names that ``fit`` was given. loss: mean training loss over the steps,
+    nats per example or token, ``[K]``; NaN under privacy. steps: optimizer steps, ``[K]``.
     """
 
     adapter: Tree

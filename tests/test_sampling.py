@@ -10,6 +10,7 @@ import pytest
 from fedpeft.config import Sampling
 from fedpeft.errors import FedpeftError
 from fedpeft.names import Names, Roster
+from fedpeft.privacy.randomness import Randomness
 from fedpeft.sampling import check, draw, draw_failures, expected, measured
 
 NAMES = [f"c{i:02}" for i in range(20)]
@@ -98,3 +99,63 @@ def test_expected_cohort() -> None:
     assert expected(Sampling("poisson", rate=0.1), 20) == pytest.approx(2)
     for kind in ("uniform", "fixed", "poisson"):  # before Python 3.12 an int has no is_integer
         assert type(expected(Sampling(kind), 20)) is float  # type: ignore[arg-type]
+
+
+def cyclic(groups: int, seed: int = 0, rounds: int = 30) -> list[tuple[str, ...]]:
+    return [draw(Sampling("cyclic", groups=groups), NAMES, seed, t) for t in range(1, rounds + 1)]
+
+
+@pytest.mark.parametrize("groups", [1, 3, 7, 20])
+def test_cyclic_groups_are_disjoint_and_everybody_has_a_turn(groups: int) -> None:
+    turns = cyclic(groups)[:groups]
+    assert sorted(itertools.chain(*turns)) == NAMES
+    assert {len(turn) for turn in turns} <= {20 // groups, -(-20 // groups)}
+    assert all(list(turn) == sorted(turn) for turn in turns)
+
+
+@pytest.mark.parametrize("groups", [3, 7, 20])
+def test_cyclic_keeps_a_clients_rounds_apart(groups: int) -> None:
+    """What the noise of banded matrix factorisation rests on: never closer than ``groups``."""
+    rounds = cyclic(groups)
+    for name in NAMES:
+        own = [t for t, drawn in enumerate(rounds, 1) if name in drawn]
+        assert min(np.diff(own), default=groups) >= groups
+        assert len(own) in (30 // groups, -(-30 // groups))
+
+
+def test_cyclic_groups_are_drawn_by_the_seed_once() -> None:
+    assert cyclic(5)[:5] == cyclic(5)[5:10] == cyclic(5)[25:30]
+    assert cyclic(5) == [
+        draw(Sampling("cyclic", groups=5), NAMES[::-1], 0, t) for t in range(1, 31)
+    ]
+    assert len({cyclic(5, seed)[0] for seed in range(10)}) > 5
+    members = [{frozenset(turn) for turn in cyclic(5, seed)[:5]} for seed in range(4)]
+    assert members[0] != members[1] and members[1] != members[2]
+
+
+def test_cyclic_refuses_more_groups_than_clients() -> None:
+    with pytest.raises(FedpeftError, match=r"groups=21 but there are only 20 clients: lower"):
+        draw(Sampling("cyclic", groups=21), NAMES, 0, 1)
+    assert expected(Sampling("cyclic", groups=8), 20) == 2.5
+
+
+def test_secret_draws_do_not_depend_on_the_seed() -> None:
+    def half(count: int) -> np.ndarray:
+        return np.arange(count) / count
+
+    sampling = Sampling("poisson", rate=0.5)
+    assert {draw(sampling, NAMES, seed, t, half) for seed in range(3) for t in range(3)} == {
+        tuple(NAMES[:10])
+    }
+    secret = Randomness.secure()
+    rounds = [draw(sampling, NAMES, 0, 1, secret.uniform) for _ in range(400)]
+    assert len(set(rounds)) > 390
+    assert np.mean([len(one) for one in rounds]) == pytest.approx(10, abs=4 * np.sqrt(5 / 400))
+
+
+def test_only_poisson_sampling_has_secret_draws() -> None:
+    def never(count: int) -> np.ndarray:
+        raise AssertionError("asked for secret numbers")
+
+    for kind in ("uniform", "fixed", "cyclic"):
+        draw(Sampling(kind), NAMES, 0, 1, never)  # type: ignore[arg-type]

@@ -9,7 +9,6 @@ How many guesses are made, and at which threshold, must be fixed before the outc
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +29,9 @@ HALVINGS = 60
 @cache
 def _special() -> Any:
     """scipy.special, which takes a while to import."""
-    return importlib.import_module("scipy.special")
+    from scipy import special
+
+    return special
 
 
 def one_run_p_value(

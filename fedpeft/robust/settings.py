@@ -89,14 +89,18 @@ class Robust:
         Raises FedpeftError for a setting that is out of range or means nothing to the rule, and
         QuorumError where there are fewer updates than ``least``: the round then has no result.
         """
-        self._check_ranges()
-        self._check_meaning()
+        self.check_settings()
         if updates < self.least:
             raise QuorumError(
                 f"robust.rule={self.rule} with {self._bound} needs at least {self.least} updates, "
                 f"there are {updates}: sample more clients, assume fewer robust.attackers, or take "
                 f"robust.rule={'multi_krum' if self.rule == 'bulyan' else 'median'}."
             )
+
+    def check_settings(self) -> None:
+        """Raises FedpeftError for a setting that is out of range or means nothing to the rule."""
+        self._check_ranges()
+        self._check_meaning()
 
     @property
     def _bound(self) -> str:

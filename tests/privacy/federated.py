@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedpeft import sampling
 from fedpeft.cohort.lanes import FoldLane
-from fedpeft.config import Engine, Local, Privacy, Recipe, Rounds
+from fedpeft.config import Engine, Local, Privacy, Recipe, Rounds, Sampling
 from fedpeft.data.build import pool
 from fedpeft.data.clients import Population
 from fedpeft.engine import RoundReport, Seam, play_round
@@ -99,3 +102,25 @@ def replies_of(prepared: Prepared, names: Sequence[str], round: int = 1) -> list
     found = list(prepared.federation().run(round, prepared.post.announce(sent)))
     assert all(isinstance(reply, Messages) for reply in found), found
     return [reply for reply in found if isinstance(reply, Messages)]
+
+
+def rounds_of(kind: str = "uniform", count: int = 6, **sampling: Any) -> Rounds:
+    """Rounds in which clients weigh the same."""
+    return Rounds(count=count, weighting="equal", sampling=Sampling(kind, **sampling))  # type: ignore[arg-type]
+
+
+def charged(folder: Path) -> list[tuple[int, list[str]]]:
+    """(round, clients) of each charge, in order."""
+    every = [json.loads(line) for line in (folder / "privacy.jsonl").read_text().splitlines()[1:]]
+    return [(one["round"], sorted(c for _, own in one["charges"] for c in own)) for one in every]
+
+
+def mechanism(
+    privacy: Privacy = RECORD,
+    local: Local = STEP,
+    rounds: int = 5,
+    sizes: tuple[int, ...] = (5, 9),
+    seed: int = 0,
+) -> RecordLevel:
+    """The mechanism of clients of these sizes, with numbers that can be repeated."""
+    return RecordLevel(privacy, local, rounds, np.array(sizes), Randomness.seeded(seed))

@@ -8,20 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpeft.config import Local, Privacy, Recipe, Rounds, Sampling, SecureAggregation
+from fedpeft.config import Local, Privacy, Recipe, Rounds, SecureAggregation
 from fedpeft.errors import FedpeftError
 from fedpeft.privacy.accountants import epsilon
 from fedpeft.privacy.client_level import ClientLevel
 from fedpeft.privacy.events import Gaussian, Repeated, SampledGaussian
 from fedpeft.privacy.record_level import RecordLevel
 from fedpeft.privacy.terms import Terms, clipped_for_sums, randomness_of, terms_of
-from tests.privacy.federated import recipe_of
+from tests.privacy.federated import recipe_of, rounds_of
 
 SIZES = np.array([40] * 12)
-
-
-def rounds_of(kind: str = "uniform", count: int = 6, **sampling: Any) -> Rounds:
-    return Rounds(count=count, weighting="equal", sampling=Sampling(kind, **sampling))  # type: ignore[arg-type]
 
 
 def terms(rounds: Rounds | None = None, exchanges: int = 1, **privacy: Any) -> Terms:
