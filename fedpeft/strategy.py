@@ -227,7 +227,7 @@ class Strategy(ABC, Generic[S]):
     ``weight`` (and who they are from); so they may be averaged in parts of that total weight.
     averages: what a lone client trained is the state after the round; without it the server takes
     a step of its own (a server optimizer, a merge of task vectors).
-    exchanges: how often in a round ``send``, ``train`` and ``receive`` follow each other, with the
+    exchanges: how often in a round ``send``, ``train``, ``receive`` follow each other, with the
     clients whose replies to the exchange before were valid.
     """
 
@@ -311,8 +311,7 @@ def addressed(
 
 def available() -> dict[str, str]:
     """Strategies that ship with fedpeft: name -> first line of the file's docstring."""
-    package = importlib.import_module("fedpeft.strategies")
-    found = {}
+    package, found = importlib.import_module("fedpeft.strategies"), {}
     for info in pkgutil.iter_modules(package.__path__):
         if not info.name.startswith("_"):
             module = importlib.import_module(f"fedpeft.strategies.{info.name}")

@@ -159,15 +159,21 @@ OPTIONS = {
 }
 
 
+NEEDED = {
+    "local.clip_per=example": ["local.clip_norm=1.0"],
+    "privacy.unit=record": ["privacy.epsilon=1"],
+    "privacy.unit=client": ["privacy.epsilon=1", "rounds.weighting=equal"],
+    "robust.space=product": ["robust.rule=krum"],
+    "attack.kind=backdoor": ["attack.trigger=[5]"],
+}
+"""What an option does not go without."""
+
+
 @pytest.mark.parametrize("key", OPTIONS)
 def test_every_option_is_taken_and_a_mistyped_one_refused(key: str) -> None:
     for option in OPTIONS[key]:
         if key != "partition.kind" or option != "natural":
-            needed = "privacy.epsilon=1" if option in ("record", "client") else "local.lr=1.0"
-            if option == "example":
-                needed = "local.clip_norm=1.0"
-            weighting = "rounds.weighting=equal"  # which privacy.unit=client needs
-            parse("", *(() if key == "rounds.weighting" else (weighting,)), f"{key}={option}", needed)
+            parse("", f"{key}={option}", *NEEDED.get(f"{key}={option}", ()))
         typo = option + "x"
         assert typo not in OPTIONS[key]
         message = refusal(nested(key, typo))

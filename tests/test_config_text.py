@@ -172,7 +172,10 @@ def test_the_dump_is_complete_and_does_not_gain_defaults() -> None:
     assert parse(text) == recipe
     written = OmegaConf.to_container(OmegaConf.create(text))
     assert isinstance(written, dict)
-    as_read = {"baselines": (*written["baselines"],), "attack": {**written["attack"], "trigger": ()}}
+    as_read = {
+        "baselines": (*written["baselines"],),
+        "attack": {**written["attack"], "trigger": ()},
+    }
     assert {**written, **as_read} == dataclasses.asdict(recipe)
 
 
