@@ -236,8 +236,8 @@ BOUNDS = {
     "at least 0": "seed data.limit local.steps evaluation.most evaluation.local_test engine.chunk "
     "engine.threads engine.workers privacy.max_rounds",
     "at least 1": "data.max_length partition.classes partition.shards partition.min_examples "
-    "rounds.count rounds.sampling.size rounds.sampling.groups local.batch_size local.accumulate evaluation.every "
-    "output.checkpoint_every output.keep",
+    "rounds.count rounds.sampling.size rounds.sampling.groups local.batch_size local.accumulate "
+    "evaluation.every output.checkpoint_every output.keep",
     "above 0 and finite": "local.lr partition.alpha privacy.clip_norm privacy.clip_rate "
     "secure_aggregation.clip_norm",
     "at least 0 and finite": "local.weight_decay local.clip_norm",
