@@ -82,9 +82,7 @@ def play(prepared: Prepared, federation: Federation, rounds: int = 2) -> Tree:
     for number in range(1, rounds + 1):
         rules, seed = prepared.recipe.rounds, prepared.recipe.seed
         seam = Seam(prepared.post)
-        state, report = play_round(
-            prepared.strategy, state, federation, rules, seed, number, seam
-        )
+        state, report = play_round(prepared.strategy, state, federation, rules, seed, number, seam)
         assert (report.replied, report.excluded) == (4, {})
     return prepared.strategy.adapter(state)
 
@@ -351,7 +349,9 @@ def test_a_round_that_was_given_up_is_begun_again_with_fresh_keys(tiny: Path) ->
     wanted = partial(in_process(recipe).run(1, sent(prepared)))
     assert_same(partial(restarted.run(1, sent(prepared))), wanted)
     assert_same(partial(restarted.run(1, sent(prepared))), wanted)
-    masked = [blob(m) for kind, m in grid.answers if kind == "train.secure" and client_of(m) == "c2"]
+    masked = [
+        blob(m) for kind, m in grid.answers if kind == "train.secure" and client_of(m) == "c2"
+    ]
     longest = [own for own in masked if len(own) == max(map(len, masked))]
     assert len(longest) == 3 and len(set(longest)) == 3
 
