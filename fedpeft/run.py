@@ -135,13 +135,18 @@ class _Job:
 
     def _on_flower(self) -> Outcome:
         """The rounds on Flower's simulation; Flower and Ray are loaded only then."""
-        from fedpeft.flower.federation import Digests
+        from fedpeft.flower.federation import Digests, FlowerFederation
+        from fedpeft.flower.secure import secured_in_simulation
         from fedpeft.flower.simulate import run_in_simulation
 
         recipe, network = self.prepared.recipe, self.prepared.network
         nodes = len(self.prepared.population.clients)
         own = Digests(network.digest, network.layout.digest)
-        return run_in_simulation(recipe, nodes, recipe.engine.workers, self._federate, own)
+
+        def rounds(federation: FlowerFederation) -> Outcome:
+            return self._federate(secured_in_simulation(self.prepared, federation))
+
+        return run_in_simulation(recipe, nodes, recipe.engine.workers, rounds, own)
 
     def save(self) -> None:
         """Writes the last complete round's checkpoint, unless it is there."""

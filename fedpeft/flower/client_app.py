@@ -7,6 +7,10 @@ simulation an actor loads model and data once. The node's configuration names it
 
 Private memory (``Strategy.remembers``) stays on the node, in Flower's context. Of an error, nothing
 but the type leaves the node unless fedpeft wrote the message; the traceback is in the node's log.
+
+``app`` is for real nodes, whose operators' rules and keys it goes by (``node``, ``identity``);
+``simulated`` is for simulations, which have none. Under secure aggregation a client answers to
+``train.secure`` and to no other training (``secure_client``).
 """
 
 from __future__ import annotations
@@ -26,59 +30,69 @@ from fedpeft.config import Engine
 from fedpeft.config_load import parse_recipe
 from fedpeft.errors import FedpeftError
 from fedpeft.federation import Failure
+from fedpeft.flower.node import Node, charged, check_rules
 from fedpeft.flower.records import Header, decode, decode_tree, encode, encode_tree
+from fedpeft.flower.secure_client import answer_stage
 from fedpeft.prepare import Prepared, prepare
 from fedpeft.strategy import Message, Messages
 from fedpeft.tree import Tree
 
 log = logging.getLogger(__name__)
 
-app = ClientApp()
-
 _MEMORY = "memory."
 _OWN_ERRORS = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
 
-Work = Callable[[Prepared, Messages, Header, RecordDict], Message]
+Work = Callable[[Prepared, Messages, Header, Node], Message]
 
 
 class _ClientError(Exception):
     """A client's training or evaluation failed; the text is what may leave the node."""
 
 
-@app.query()
-def query(message: FlowerMessage, context: Context) -> FlowerMessage:
-    """Who this node is: its client's name and number of training examples, and the digests."""
-    return _answer(message, context, _describe)
+def client_app(is_simulated: bool) -> ClientApp:
+    """The app of real nodes, or of simulated ones; no message and no configuration can tell."""
+    found = ClientApp()
+
+    @found.query()
+    def query(message: FlowerMessage, context: Context) -> FlowerMessage:
+        """Who this node is: its client's name and number of training examples, and the digests."""
+        return _answer(message, context, _describe, is_simulated)
+
+    @found.train()
+    def train(message: FlowerMessage, context: Context) -> FlowerMessage:
+        """The strategy's ``train`` on this node's client."""
+        return _answer(message, context, _train, is_simulated)
+
+    @found.train("secure")
+    def train_securely(message: FlowerMessage, context: Context) -> FlowerMessage:
+        """A stage of secure aggregation; in one of them the client trains."""
+        return _answer(message, context, _train_securely, is_simulated)
+
+    @found.evaluate()
+    def evaluate(message: FlowerMessage, context: Context) -> FlowerMessage:
+        """The score of this node's client on its own hold-out."""
+        return _answer(message, context, _evaluate, is_simulated)
+
+    return found
 
 
-@app.train()
-def train(message: FlowerMessage, context: Context) -> FlowerMessage:
-    """The strategy's ``train`` on this node's client."""
-    return _answer(message, context, _train)
-
-
-@app.evaluate()
-def evaluate(message: FlowerMessage, context: Context) -> FlowerMessage:
-    """The score of this node's client on its own hold-out."""
-    return _answer(message, context, _evaluate)
-
-
-def _answer(message: FlowerMessage, context: Context, work: Work) -> FlowerMessage:
+def _answer(
+    message: FlowerMessage, context: Context, work: Work, is_simulated: bool
+) -> FlowerMessage:
     """The reply of ``work``, or an error for this client alone."""
     try:
         request, header = decode(message.content)
         prepared = _prepared(header.recipe)
         client = client_of(context.node_config, prepared.problem.clients)
-        own = _own_header(prepared, client, header.round)
+        own = _own_header(prepared, client, header)
         _check(header, own)
-        reply = work(prepared, Messages.stack((client,), [request]), own, context.state)
+        node = Node(context.node_config, context.state, is_simulated)
+        reply = work(prepared, Messages.stack((client,), [request]), own, node)
         return FlowerMessage(encode(reply, own), reply_to=message)
     except Exception as error:  # one faulty client costs only itself
         log.warning("%s failed", message.metadata.message_type, exc_info=error)
-        text = f"{type(error).__name__}: {error}"
-        reason = str(error) if isinstance(error, _ClientError) else public_reason(text)
         code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-        return FlowerMessage(Error(code, reason), reply_to=message)
+        return FlowerMessage(Error(code, _reason(error)), reply_to=message)
 
 
 @functools.lru_cache(maxsize=1)
@@ -122,9 +136,18 @@ def public_reason(text: str) -> str:
     return text if kind in _OWN_ERRORS else f"{kind} (the traceback is in the node's log)"
 
 
-def _own_header(prepared: Prepared, client: str, number: int) -> Header:
+def _reason(error: Exception) -> str:
+    """Of an error, what may leave the node."""
+    if isinstance(error, _ClientError):
+        return str(error)
+    text = f"{type(error).__name__}: {error}"
+    return text if isinstance(error, FedpeftError) else public_reason(text)
+
+
+def _own_header(prepared: Prepared, client: str, asked: Header) -> Header:
     network = prepared.network
-    return Header(number, client, network.digest, network.layout.digest)
+    digests = network.digest, network.layout.digest
+    return Header(asked.round, client, *digests, exchange=asked.exchange)
 
 
 def _check(asked: Header, own: Header) -> None:
@@ -135,24 +158,40 @@ def _check(asked: Header, own: Header) -> None:
             raise FedpeftError(f"the server asks for {what} {theirs!r}, this node has {ours!r}")
 
 
-def _describe(prepared: Prepared, request: Messages, own: Header, state: RecordDict) -> Message:
+def _describe(prepared: Prepared, request: Messages, own: Header, node: Node) -> Message:
     examples = prepared.population.clients.roster[own.client]
     return Message(scalars={"examples": float(examples)})
 
 
-def _train(prepared: Prepared, request: Messages, own: Header, state: RecordDict) -> Message:
+def _train(prepared: Prepared, request: Messages, own: Header, node: Node) -> Message:
+    check_rules(node, prepared, secure=False)
+    return _trained(prepared, request, own, node)[0]
+
+
+def _train_securely(prepared: Prepared, request: Messages, own: Header, node: Node) -> Message:
+    check_rules(node, prepared, secure=True)
+
+    def train(sent: Messages) -> Messages:
+        return _trained(prepared, sent, own, node)
+
+    return answer_stage(prepared, request, own.client, node, train)
+
+
+def _trained(prepared: Prepared, request: Messages, own: Header, node: Node) -> Messages:
+    """The reply of this node's client, one row."""
     federation = prepared.federation()
-    federation.restore({own.client: recall(state)})
-    [result] = federation.run(own.round, request)
+    federation.restore({own.client: recall(node.state)})
+    with charged(node, prepared, own):
+        [result] = federation.run(own.round, request)
     if isinstance(result, Failure):
         raise _ClientError(public_reason(result.reason))
-    remember(state, federation.memory().get(own.client, {}))
-    return result[0]
+    remember(node.state, federation.memory().get(own.client, {}))
+    return result
 
 
-def _evaluate(prepared: Prepared, request: Messages, own: Header, state: RecordDict) -> Message:
+def _evaluate(prepared: Prepared, request: Messages, own: Header, node: Node) -> Message:
     federation = prepared.federation()
-    federation.restore({own.client: recall(state)})
+    federation.restore({own.client: recall(node.state)})
     [result] = federation.evaluate(own.round, request)
     if isinstance(result, Failure):
         raise _ClientError(public_reason(result.reason))
@@ -173,3 +212,7 @@ def remember(state: RecordDict, memory: Mapping[str, Tree]) -> None:
     """Writes the client's private memory into Flower's context."""
     for name, tree in memory.items():
         state[f"{_MEMORY}{name}"] = encode_tree(tree)
+
+
+app = client_app(is_simulated=False)
+simulated = client_app(is_simulated=True)

@@ -76,6 +76,7 @@ class FlowerFederation:
         self._route: dict[str, int] = {}
         self._known: set[int] = set()
         self._trained: set[str] = set()
+        self._at = (0, 0)  # round, exchange
 
     def clients(self) -> Mapping[str, int]:
         """Client -> number of training examples; the first call waits for the nodes.
@@ -89,19 +90,19 @@ class FlowerFederation:
 
     def run(self, round: int, *stacks: Messages) -> Iterator[Messages | Failure]:
         """Sends each client's node its message; replies of equal schema come in stacks."""
-        outcomes = self._ask(MessageType.TRAIN, round, stacks)
+        self.begin(round)
+        outcomes = self.ask(MessageType.TRAIN, round, stacks)
         for schema, group in itertools.groupby(outcomes, key=lambda pair: _schema(pair[1])):
             if schema is None:
                 yield from (failure for _, failure in group if isinstance(failure, Failure))
                 continue
             while part := list(itertools.islice(group, STACK)):
                 names, replies = zip(*part, strict=True)
-                self._trained.update(names)
                 yield Messages.stack(names, replies)
 
     def evaluate(self, round: int, *stacks: Messages) -> Iterator[dict[str, Score] | Failure]:
         """The nodes' own scores on their hold-outs, client by client."""
-        for client, outcome in self._ask(MessageType.EVALUATE, round, stacks):
+        for client, outcome in self.ask(MessageType.EVALUATE, round, stacks):
             if isinstance(outcome, Failure):
                 yield outcome
                 continue
@@ -183,14 +184,22 @@ class FlowerFederation:
             log.warning("a new node cannot take part: %s", reason)
         return present
 
-    def _ask(
+    def begin(self, round: int) -> None:
+        """Begins an exchange; those of one round are numbered for the clients, from 0."""
+        before, exchange = self._at
+        self._at = (round, exchange + 1 if before == round else 0)
+
+    def ask(
         self, kind: str, round: int, stacks: Sequence[Messages]
     ) -> Iterator[tuple[str, Message | Failure]]:
-        """Sends each client its message; what came of it, in the order of the clients."""
+        """Sends each client its message; what came of it, in the order of the clients.
+
+        kind: a type of Flower's messages, ``CATEGORY`` or ``CATEGORY.ACTION``.
+        """
         self.clients()
         present = self._refresh()
         base = self._digests or Digests("", "")
-        header = Header(round, "", base.base, base.layout, self._recipe)
+        header = Header(round, "", base.base, base.layout, self._recipe, self._at[1])
         contents: dict[int, RecordDict] = {}
         for messages in stacks:
             at = [k for k, name in enumerate(messages.clients) if self._route.get(name) in present]
@@ -205,9 +214,13 @@ class FlowerFederation:
                 yield client, Failure(client, "its node is not connected")
                 continue
             try:
-                yield client, self._checked(client, round, answers.pop(node))
+                reply = self._checked(client, round, answers.pop(node))
             except ReplyError as error:
                 yield client, Failure(client, str(error))
+                continue
+            if kind != MessageType.EVALUATE:
+                self._trained.add(client)
+            yield client, reply
 
     def _checked(self, client: str, round: int, answer: FlowerMessage | None) -> Message:
         """A reply's message. Raises ReplyError if it is another client's, round's or model's."""

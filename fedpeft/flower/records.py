@@ -46,7 +46,7 @@ class Header:
 
     round: counts from 1; 0 outside rounds. client: whom the message is for or from. base, layout:
     digests of the frozen base and of the trainable tensors. recipe: in requests, as YAML; a client
-    needs nothing else to prepare.
+    needs nothing else to prepare. exchange: of the round, from 0.
     """
 
     round: int = 0
@@ -54,6 +54,7 @@ class Header:
     base: str = ""
     layout: str = ""
     recipe: str = ""
+    exchange: int = 0
 
 
 def encode(message: Message, header: Header) -> RecordDict:

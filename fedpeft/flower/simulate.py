@@ -30,8 +30,7 @@ from flwr.supercore import telemetry
 from fedpeft import cluster
 from fedpeft.config import Recipe
 from fedpeft.errors import FedpeftError
-from fedpeft.federation import Federation
-from fedpeft.flower.client_app import app
+from fedpeft.flower.client_app import simulated
 from fedpeft.flower.federation import Digests, FlowerFederation
 
 T = TypeVar("T")
@@ -66,7 +65,7 @@ def run_in_simulation(
     recipe: Recipe,
     nodes: int,
     workers: int,
-    body: Callable[[Federation], T],
+    body: Callable[[FlowerFederation], T],
     digests: Digests | None = None,
 ) -> T:
     """What ``body`` returns, given the federation of the recipe's clients on simulated nodes.
@@ -150,7 +149,7 @@ class _Simulation:
             "client_resources": {"num_cpus": self._shares.cpus, "num_gpus": self._shares.gpus}
         }
         try:
-            run_simulation(server, app, self._nodes, backend_config=config)
+            run_simulation(server, simulated, self._nodes, backend_config=config)
         except BaseException as error:
             self._crash = error
 

@@ -8,6 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
@@ -19,10 +20,18 @@ Reply = Callable[[Message, Message], Message | None]
 class InProcess(Grid):
     """Nodes that call the ClientApp when they are pulled, the last pushed first.
 
-    ``reply`` may change or withhold (None) a node's reply to a train message.
+    ``reply`` may change or withhold (None) a node's reply to a train message. ``answers`` holds
+    what left the nodes.
     """
 
-    def __init__(self, nodes: Mapping[int, Mapping[str, Any]], reply: Reply | None = None) -> None:
+    def __init__(
+        self,
+        nodes: Mapping[int, Mapping[str, Any]],
+        reply: Reply | None = None,
+        app: ClientApp = app,
+    ) -> None:
+        self.app = app
+        self.answers: list[tuple[str, Message]] = []
         self.contexts = {n: Context(1, n, dict(c), RecordDict(), {}) for n, c in nodes.items()}
         self.reply = reply
         self.pushed: dict[str, Message] = {}
@@ -56,10 +65,11 @@ class InProcess(Grid):
             message = self.pushed.pop(number)
             kind = message.metadata.message_type
             before = copy.deepcopy(message.content)
-            found: Message | None = app(message, self.contexts[message.metadata.dst_node_id])
+            found: Message | None = self.app(message, self.contexts[message.metadata.dst_node_id])
             assert message.content == before, "the client changed the request"
-            if self.reply is not None and kind == "train":
+            if self.reply is not None and kind.split(".")[0] == "train":
                 assert found is not None
                 found = self.reply(message, found)
             if found is not None:
+                self.answers.append((kind, found))
                 yield found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -13,15 +14,21 @@ from typing import Any
 import psutil
 import pytest
 import ray
+import torch
 
-from fedpeft.engine import play_round
+from fedpeft.config import Output
+from fedpeft.engine import Seam, play_round
 from fedpeft.errors import FedpeftError
+from fedpeft.events import Watcher
 from fedpeft.federation import Federation
 from fedpeft.flower import simulate
 from fedpeft.flower.federation import Digests, FlowerFederation
+from fedpeft.flower.secure import secured_in_simulation
 from fedpeft.flower.simulate import Shares, divide, run_in_simulation
 from fedpeft.prepare import prepare
+from fedpeft.run import run
 from fedpeft.tree import Tree
+from tests.flower.securely import in_process, one_by_one, recipe_of
 from tests.tiny import IA3, LORA, tiny_recipe, write_tiny
 
 # Ray neither closes its handles on /dev/null nor asks its ended processes for their exit status.
@@ -92,6 +99,47 @@ def test_a_simulation_gives_the_adapter_of_the_batched_cohort(
     assert left_behind() == []
     assert not ray.is_initialized()
     assert dict(os.environ) == before
+
+
+@pytest.mark.slow
+def test_a_simulation_under_secure_aggregation_gives_the_adapter_of_one_process(
+    folder: Path,
+) -> None:
+    recipe = recipe_of(folder, name="fedask")
+    prepared = prepare(one_by_one(recipe))
+
+    def body(federation: Federation) -> Tree:
+        state = prepared.strategy.init(prepared.problem)
+        for number in (1, 2):
+            seam = Seam(prepared.post)
+            state, report = play_round(
+                prepared.strategy, state, federation, recipe.rounds, recipe.seed, number, seam
+            )
+            assert (report.replied, report.excluded) == (4, {})
+            assert report.up.keys() <= {"masked", "secagg"}
+        return prepared.strategy.adapter(state)
+
+    def securely(federation: FlowerFederation) -> Tree:
+        return body(secured_in_simulation(prepared, federation))
+
+    found = run_in_simulation(recipe, 4, 2, securely)
+    wanted = body(in_process(recipe))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    initial = prepared.network.initial
+    assert max(float((found[n] - initial[n]).abs().max()) for n in found) > 1e-3
+    assert left_behind() == []
+
+
+@pytest.mark.slow
+def test_fedpeft_run_on_flower_secures_its_federation(folder: Path) -> None:
+    recipe = dataclasses.replace(
+        recipe_of(folder), output=Output(folder=str(folder / "run")), baselines=()
+    )
+    run(recipe, Watcher())
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    rounds = [own for own in map(json.loads, lines) if own["kind"] == "round"]
+    assert [own["bytes_up"].keys() for own in rounds] == [{"masked", "secagg"}] * 2
+    assert [own["replies"] for own in rounds] == [4, 4]
 
 
 @pytest.mark.slow
