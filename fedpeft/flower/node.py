@@ -107,10 +107,10 @@ def _charge(node: Node, prepared: Prepared, terms: Terms, own: Header) -> None:
     event = terms.event(prepared.population.clients.roster[own.client])
     with Ledger.open(Path(str(path)), budget) as ledger:
         taken = _releases(ledger.spent(own.client)) // _releases(event)
-        if taken >= terms.rounds:
+        if terms.sampled == "cap" and taken >= terms.rounds:
             raise FedpeftError(
                 f"client {own.client!r} has taken part in {taken} rounds, and privacy.max_rounds "
-                f"or the run's rounds allow {terms.rounds}: its privacy budget is spent."
+                f"or the sampling's groups allow {terms.rounds}: its privacy budget is spent."
             )
         ledger.charge(own.round, {own.client: event})
 

@@ -25,7 +25,7 @@ from tests.tiny import tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("flower_task")
 
-RECORD = Privacy(unit="record", noise_multiplier=1.0, clip_norm=0.5, delta=1e-3)
+RECORD = Privacy(unit="record", noise_multiplier=1.0, clip_norm=0.5, delta=1e-3, max_rounds=2)
 
 
 def recipe_of(folder: Path, privacy: Privacy = RECORD, **strategy: Any) -> Recipe:

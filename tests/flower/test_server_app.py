@@ -100,7 +100,7 @@ def test_client_level_noise_is_in_the_adapter_and_its_price_in_the_ledger(
 def test_a_server_that_starts_again_goes_on_with_its_ledger(
     tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    privacy = Privacy(unit="record", noise_multiplier=1.0, clip_norm=0.5, delta=1e-3)
+    privacy = Privacy(unit="record", noise_multiplier=1.0, clip_norm=0.5, delta=1e-3, max_rounds=2)
     recipe = at(dataclasses.replace(tiny_recipe(tiny), privacy=privacy), tmp_path)
     (tmp_path / "nodes").mkdir()
     config = {
@@ -112,7 +112,7 @@ def test_a_server_that_starts_again_goes_on_with_its_ledger(
     grid = InProcess(config, app=app)
     with caplog.at_level(logging.WARNING, "flwr.fedpeft"):
         serve(recipe, grid, tmp_path)
-    assert "stopped before round 1: all 4 clients that were drawn have spent" in caplog.text
+    assert "stopped before round 1: of 4 clients that were drawn 0 have privacy" in caplog.text
     assert (folder / "privacy.jsonl").read_bytes() == before
     assert {kind for kind, _ in grid.answers} == {"query"}
 
