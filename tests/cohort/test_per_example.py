@@ -13,7 +13,7 @@ from torch import Tensor
 from fedpeft import tree
 from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.lanes import FoldLane, Lane, LoopLane, VmapLane
-from fedpeft.cohort.per_example import Budget, Clipped, PerExample, step_function
+from fedpeft.cohort.per_example import Budget, Clipped, PerExample
 from fedpeft.config import Local, Rounds
 from fedpeft.data.clients import Task
 from fedpeft.data.examples import Examples, flatten
@@ -381,15 +381,3 @@ def test_ffa_lora_with_per_example_clipping_from_end_to_end() -> None:
     for client, adapter in found["fold"].items():
         other = found["loop"][client]
         assert tree.norm(tree.sub(adapter, other)) < 1e-6 < 1e-2 < tree.norm(adapter)
-
-
-def test_the_settings_choose_the_gradients() -> None:
-    net, data = small.network("classification"), small.examples("classification")
-
-    def kind(local: Local) -> str:
-        at = Gradients(FoldLane(net.model), net.task, data, local, net.device)
-        return step_function(at).__qualname__
-
-    assert kind(LOCAL) == "PerExample.step"
-    assert kind(dataclasses.replace(LOCAL, clip_per="client")) == "Gradients.step"
-    assert kind(Local()) == "Gradients.step"

@@ -245,7 +245,6 @@ def test_clients_noise_is_in_the_sum_and_no_reply_is_seen_in_clear(
 
 
 def in_clear(tiny: Path) -> Message:
-    """A client's reply without secure aggregation."""
     recipe = dataclasses.replace(recipe_of(tiny), secure_aggregation=SecureAggregation())
     prepared, grid = prepare(recipe), grid_of()
     list(FlowerFederation(grid, recipe, 4, None, Patience(0.05, 5.0)).run(1, sent(prepared)))
