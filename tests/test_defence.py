@@ -62,6 +62,35 @@ def test_a_round_moves_by_what_the_rule_makes_of_the_updates(settings: Robust) -
     assert float((moved - rows.mean(0)).norm() / wanted.norm()) > 1e-3  # and not by the mean
 
 
+def test_products_are_compared_where_asked_for() -> None:
+    """Krum's distances by brute force: of s B A by layer, and of the head."""
+    settings = Robust("krum", attackers=2, space="product")
+    prepared = prepared_of(recipe_of(robust=settings), SIZES)
+    plain = dataclasses.replace(prepared, recipe=recipe_of())
+    [reply] = replies_of(plain, NAMES)
+    own, scaling = reply.trees["adapter"], prepared.network.scaling
+    parts = [own[n].double().flatten(1) for n in sorted(own) if "lora_" not in n]
+    for layer, s in scaling.items():
+        a, b = (own[f"{layer}.lora_{x}.default.weight"].double() for x in "AB")
+        parts.append((s * b @ a).flatten(1))
+    whole = torch.cat(parts, dim=1)
+    apart = (whole[:, None] - whole[None]).square().sum(2)
+    wanted = combine(settings, updates_of(prepared), None, None, apart)
+    states, _ = play(prepared, 1)
+    moved = flat(states[1].adapter) - flat(states[0].adapter)
+    assert float((moved - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_products_that_replies_do_not_hold_are_refused() -> None:
+    """FFA-LoRA sends B alone."""
+    settings = Robust("krum", attackers=2, space="product")
+    prepared = prepared_of(recipe_of("ffa_lora", robust=settings), SIZES)
+    with pytest.raises(
+        FedpeftError, match=r"both factors of every layer: set robust\.space=factors"
+    ):
+        play(prepared, 1)
+
+
 def test_weights_are_heard_where_the_rule_hears_them() -> None:
     settings = Robust("geometric_median", weighted=True)
     rounds = Rounds(count=3, weighting="examples")

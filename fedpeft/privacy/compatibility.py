@@ -83,11 +83,6 @@ def check_compatible(recipe: Recipe, strategy: Strategy[Any]) -> None:
     for key, refusal in asked.items():
         if refusal:
             raise FedpeftError(f"{key} with strategy.name={name!r}: {refusal}.")
-    if recipe.robust.rule != "none" and recipe.robust.space == "product":
-        raise FedpeftError(
-            f"robust.space=product with robust.rule={recipe.robust.rule}: in a run distances are "
-            f"taken between what clients send, the factors. Set robust.space=factors."
-        )
     for this, on, noised in (
         (f"robust.rule={recipe.robust.rule}", recipe.robust.rule != "none", UNBOUNDED),
         (f"attack.kind={recipe.attack.kind}", recipe.attack.kind != "none", NOISED),

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -85,7 +85,6 @@ class RecordLevel(Postprocessor):
         self._rounds = rounds
         self._bounds = _grid(np.unique(sizes))
         self._found: dict[int, float] = {}
-        self._share = 1.0
 
     def rate(self, examples: int) -> float:
         """q_k."""
@@ -149,17 +148,24 @@ class RecordLevel(Postprocessor):
         """The multiplier for all sizes of a bin, within 1 % above the least.
 
         RDP's is cheap, and above what the accountant asks for by a share that differs little from
-        bin to bin: that of the last bin is tried before a search.
+        bin to bin: that of the first bin is tried before a search. Always of the first, so that
+        the processes of a run, which ask for other clients in another order, find the same noise.
         """
         privacy, whole = self._privacy, partial(self._whole, at)
-        target, delta, accountant = privacy.epsilon, privacy.delta, privacy.accountant
-        rough = noise_multiplier(target, delta, whole, "rdp", NEAR)
-        guess = rough * self._share * (1 + NEAR)
-        if self._share < 1 and epsilon(whole(guess), delta, accountant) <= target:
-            return guess
-        found = noise_multiplier(target, delta, whole, accountant, NEAR)
-        self._share = found / rough
-        return found
+        if at > 0 and self._share < 1:
+            guess = self._rough(at) * self._share * (1 + NEAR)
+            if epsilon(whole(guess), privacy.delta, privacy.accountant) <= privacy.epsilon:
+                return guess
+        return noise_multiplier(privacy.epsilon, privacy.delta, whole, privacy.accountant, NEAR)
+
+    @cached_property
+    def _share(self) -> float:
+        """What the accountant asks for in the first bin, over what RDP asks for."""
+        return self.multiplier(self._bounds[0]) / self._rough(0)
+
+    def _rough(self, at: int) -> float:
+        privacy, whole = self._privacy, partial(self._whole, at)
+        return noise_multiplier(privacy.epsilon, privacy.delta, whole, "rdp", NEAR)
 
 
 def _grid(sizes: np.ndarray) -> list[int]:

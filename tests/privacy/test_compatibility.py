@@ -93,7 +93,6 @@ SECURE = SecureAggregation(on=True)
             {"attack": ATTACK, "privacy": CLIENT},
             r"attack\.kind=sign_flip with privacy\.unit=client: noise hides what an attack does",
         ),
-        ({"robust": Robust(rule="krum", space="product")}, r"Set robust\.space=factors"),
     ],
 )
 def test_what_is_impossible_together_says_why(changes: dict[str, Any], sentence: str) -> None:

@@ -323,7 +323,7 @@ def test_dp6_a_canary_does_not_show_more_than_was_promised() -> None:
 
 
 def test_dp10_epsilon_does_not_depend_on_other_clients_sizes() -> None:
-    """DP10, with noise found for a budget: up to two dozen sizes each have their own."""
+    """DP10, with noise found for a budget: as long as sizes are few, each has its own."""
     budget = Privacy("record", epsilon=4.0, delta=1e-4, accountant="rdp")
     noise = []
     for others in ((60,), (400, 90)):

@@ -60,8 +60,18 @@ def test_binned_sizes_are_all_on_the_safe_side() -> None:
     assert 2 <= len({own.multiplier(n) for n in some}) < len(some) / 2
 
 
+def test_noise_does_not_depend_on_who_is_asked_for_first() -> None:
+    """Guard and workers are processes of their own, and what is charged must be what is added."""
+    sizes = tuple(range(200, 200 + 60 * EXACT, 30))
+    privacy = Privacy("record", epsilon=3.0)
+    own, other = (mechanism(privacy, Local(batch_size=16), 3, sizes) for _ in range(2))
+    forth = [own.multiplier(n) for n in sizes[::6]]
+    back = [other.multiplier(n) for n in sizes[::6][::-1]]
+    assert forth == back[::-1] and len(set(forth)) > 1
+
+
 @pytest.mark.slow
-def test_up_to_two_dozen_sizes_are_each_their_own() -> None:
+def test_few_sizes_are_each_their_own() -> None:
     sizes = tuple(range(1000, 1000 + 20 * EXACT, 20))
     own = mechanism(Privacy("record", epsilon=3.0, accountant="rdp"), sizes=sizes)
     some = (sizes[0], sizes[1], sizes[-1])
