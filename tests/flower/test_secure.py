@@ -1,4 +1,4 @@
-"""Secure aggregation over Flower: the sum of SecureFederation, and nothing else reaches the server."""
+"""Secure aggregation over Flower: SecureFederation's sum, and nothing else reaches the server."""
 
 from __future__ import annotations
 
