@@ -174,7 +174,7 @@ def _train_securely(prepared: Prepared, request: Messages, own: Header, node: No
     def train(sent: Messages) -> Messages:
         return _trained(prepared, sent, own, node)
 
-    return answer_stage(prepared, request, own.client, node, train)
+    return answer_stage(prepared, request, node, train)
 
 
 def _trained(prepared: Prepared, request: Messages, own: Header, node: Node) -> Messages:

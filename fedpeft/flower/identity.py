@@ -7,9 +7,9 @@ public key::
 
     {"client-000": "64 hexadecimal digits", "client-001": ...}
 
-A server that handed out the public keys could play all other clients itself, and see the last one's
-vector. In a simulation keys follow from the recipe's seed: it is one machine, and nothing is hidden
-from it.
+The node must be able to write into the folder of ``identity`` (see ``store``). A server that handed
+out the public keys could play all other clients itself, and see the last one's vector. In a
+simulation keys follow from the recipe's seed: it is one machine, and nothing is hidden from it.
 """
 
 from __future__ import annotations

@@ -2,19 +2,18 @@
 
 The message of the round comes with the stage ``mask``: only then, and only once, is anything
 trained, and what comes of it leaves as a masked vector, nothing beside it. Between the stages the
-participant's secrets are in Flower's context, which Flower stores with an answer, before the answer
-is sent; after the last stage nothing is left there but the number of the round.
+participant's secrets are in the node's ``store``, before an answer is sent; after the last stage
+nothing is left there but the number of the round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from flwr.app import ConfigRecord
-
 from fedpeft.errors import ReplyError
 from fedpeft.flower.identity import Keyring, own_keyring, simulated_keyring
 from fedpeft.flower.node import Node
+from fedpeft.flower.store import Kept, alone, load, save
 from fedpeft.flower.summed import Rules
 from fedpeft.prepare import Prepared
 from fedpeft.secagg.envelope import Kind, kind_of
@@ -26,25 +25,32 @@ from fedpeft.strategy import Message, Messages
 BLOB = "secagg"
 """The blob of a request or an answer of the protocol; a strategy's own have other names."""
 
-_STATE = "secagg"
-
 Train = Callable[[Messages], Messages]
 """What training makes of a message (one row): a reply as it would leave the client (one row)."""
 
 
-def answer_stage(
-    prepared: Prepared, request: Messages, client: str, node: Node, train: Train
-) -> Message:
+def answer_stage(prepared: Prepared, request: Messages, node: Node, train: Train) -> Message:
     """The answer to a stage's request. Raises FedpeftError where the client refuses it."""
     blobs = dict(request.blobs)
     if BLOB not in blobs:
         raise ReplyError(f"blob {BLOB!r} is missing from the request")
     (question,) = blobs.pop(BLOB)
     sent = Messages(request.clients, request.trees, request.scalars, blobs)
-    keys = _keyring(prepared, client, node)
+    keys = _keyring(prepared, request.clients[0], node)
+    with alone(node):
+        return Message(blobs={BLOB: _answer(prepared, question, sent, keys, node, train)})
+
+
+def _answer(
+    prepared: Prepared, question: bytes, sent: Messages, keys: Keyring, node: Node, train: Train
+) -> bytes:
+    """As ``answer_stage``; what it needs next is saved when it returns."""
+    (client,) = sent.clients
     participant = Participant(client, keys.secret, keys.identities)
-    setup = _restore(participant, node)
-    rules = Rules(prepared)
+    before = load(node)
+    if before.participant:
+        participant.restore(before.participant)
+    rules, setup = Rules(prepared), before.setup
     if kind_of(question) == Kind.SETUP:
         setup = question
         rules.check_setup(Setup.from_bytes(setup), prepared.population.clients.roster[client])
@@ -55,23 +61,11 @@ def answer_stage(
 
     answer = participant.answer(question, vector)
     over = kind_of(question) == Kind.CONFIRMED
-    kept = {"participant": participant.state(), "setup": b"" if over else setup}
-    node.state[_STATE] = ConfigRecord(dict(kept))
-    return Message(blobs={BLOB: answer})
+    save(node, Kept(participant.state(), b"" if over else setup))
+    return answer
 
 
 def _keyring(prepared: Prepared, client: str, node: Node) -> Keyring:
     if node.simulated:
         return simulated_keyring(prepared.recipe.seed, client, tuple(prepared.problem.clients))
     return own_keyring(node.config)
-
-
-def _restore(participant: Participant, node: Node) -> bytes:
-    """Takes up the participant's state where there is one; the round's Setup, empty without."""
-    record = node.state.get(_STATE)
-    if not isinstance(record, ConfigRecord):
-        return b""
-    state, setup = record["participant"], record["setup"]
-    assert isinstance(state, bytes) and isinstance(setup, bytes)  # as written above
-    participant.restore(state)
-    return setup

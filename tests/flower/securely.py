@@ -15,7 +15,7 @@ from fedpeft.config import Engine, Privacy, Recipe, Rounds, SecureAggregation
 from fedpeft.federation import Failure, Federation, Partial
 from fedpeft.flower.client_app import simulated
 from fedpeft.flower.federation import FlowerFederation, Patience
-from fedpeft.flower.identity import simulated_identities
+from fedpeft.flower.identity import read_identities, simulated_identities
 from fedpeft.flower.secure import SecureFlowerFederation
 from fedpeft.prepare import Prepared, prepare
 from fedpeft.secagg.envelope import Kind, kind_of
@@ -66,6 +66,12 @@ def on_flower(prepared: Prepared, grid: InProcess, wait: float = 5.0) -> SecureF
     """``wait``: seconds for a reply; the grid's are there at once."""
     inner = FlowerFederation(grid, prepared.recipe, 4, None, Patience(0.05, wait))
     return SecureFlowerFederation(prepared, inner, simulated_identities(0, NAMES))
+
+
+def on_real_nodes(prepared: Prepared, grid: InProcess, keys: Path) -> SecureFlowerFederation:
+    """``keys``: the folder of ``write_keys``."""
+    inner = FlowerFederation(grid, prepared.recipe, 4, None, Patience(0.05, 5.0))
+    return SecureFlowerFederation(prepared, inner, read_identities(keys / "all.json"))
 
 
 class Losing:

@@ -25,7 +25,7 @@ from fedpeft.flower.identity import (
     simulated_keyring,
 )
 from fedpeft.flower.secure import SecureFlowerFederation
-from fedpeft.prepare import Prepared, prepare
+from fedpeft.prepare import prepare
 from fedpeft.secagg.primitives import identity, new_identity
 from tests.flower.nodes import InProcess
 from tests.flower.securely import (
@@ -33,6 +33,7 @@ from tests.flower.securely import (
     assert_same,
     in_process,
     nodes,
+    on_real_nodes,
     partial,
     recipe_of,
     sent,
@@ -107,17 +108,14 @@ def test_simulated_keys_belong_to_seed_and_client() -> None:
     assert ring.secret.hex() not in repr(ring) and repr(ring.secret) not in repr(ring)
 
 
-def real(prepared: Prepared, config: dict[int, dict[str, Any]], keys: Path) -> Any:
-    inner = FlowerFederation(
-        InProcess(config, app=app), prepared.recipe, 4, None, Patience(0.05, 5.0)
-    )
-    return SecureFlowerFederation(prepared, inner, read_identities(keys / "all.json"))
-
-
 def test_real_nodes_with_their_own_keys_give_the_same_sum(tiny: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny)
     prepared, config = prepare(recipe), write_keys(tmp_path / "keys")
-    found = partial(real(prepared, config, tmp_path / "keys").run(1, sent(prepared)))
+    found = partial(
+        on_real_nodes(prepared, InProcess(config, app=app), tmp_path / "keys").run(
+            1, sent(prepared)
+        )
+    )
     assert_same(found, partial(in_process(recipe).run(1, sent(prepared))))
 
 
@@ -131,7 +129,11 @@ def test_an_impostor_is_excluded_alone(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "own.key").write_text(secret.hex())
     paths = {"identity": str(tmp_path / "own.key"), "identities": str(tmp_path / "own.json")}
     config[12] = {"client": "c2", **paths}
-    found = partial(real(prepared, config, tmp_path / "keys").run(1, sent(prepared)))
+    found = partial(
+        on_real_nodes(prepared, InProcess(config, app=app), tmp_path / "keys").run(
+            1, sent(prepared)
+        )
+    )
     assert_same(found, partial(in_process(recipe, ("c2",)).run(1, sent(prepared))))
     assert "client 'c2': its signature does not verify" in found.excluded["c2"]
 
@@ -145,7 +147,7 @@ def test_clients_whose_lists_the_server_wrote_are_not_believed(tiny: Path, tmp_p
     (tmp_path / "own.key").write_text(secret.hex())
     paths = {"identity": str(tmp_path / "own.key"), "identities": str(tmp_path / "server.json")}
     config[12] = {"client": "c2", **paths}
-    federation = real(prepared, config, tmp_path / "keys")
+    federation = on_real_nodes(prepared, InProcess(config, app=app), tmp_path / "keys")
     federation._identities = read_identities(tmp_path / "server.json")
     reasons = {one.client: one.reason for one in federation.run(1, sent(prepared))}
     assert reasons.keys() == set(NAMES)
