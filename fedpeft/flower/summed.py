@@ -37,8 +37,9 @@ class Rules:
         self._bits = self._level.adaptive is not None  # whether clients send one
 
     def least(self, clients: int) -> int:
-        """The fewest of so many clients that are summed."""
-        return max(MIN_CLIENTS, math.ceil(self._settings.threshold * clients))
+        """The fewest of so many clients that are summed; as many as must share the noise."""
+        sharers = self._level.least if self._level.place == "shares" else 0
+        return max(MIN_CLIENTS, math.ceil(self._settings.threshold * clients), sharers)
 
     def summed(self, sent: Messages) -> Summed:
         """What is summed of the replies to a message (to the first of a stack)."""

@@ -145,6 +145,14 @@ def client_of(message: Message) -> str:
     return str(header["client"])
 
 
+def silent(stage: Kind, *clients: str) -> Reply:
+    def reply(request: Message, answer: Message) -> Message | None:
+        gone = stage_of(request) == stage and client_of(request) in clients
+        return None if gone else answer
+
+    return reply
+
+
 def write_keys(folder: Path) -> dict[int, dict[str, Any]]:
     """Real nodes' configuration, by node: every client's identity, and the list of all."""
     folder.mkdir(exist_ok=True)
