@@ -181,11 +181,11 @@ class Privacy:
 class SecureAggregation:
     """Secure aggregation: the server learns the sum of the clients' updates and no single one.
 
-    on: use it. clip_norm: bound on an update where privacy does not set one. bits: of the sums'
-    arithmetic, 32 or 64. threshold: share of a round's clients that must stay to the end.
+    enabled: use it. clip_norm: bound on an update where privacy does not set one. bits: of the
+    sums' arithmetic, 32 or 64. threshold: share of a round's clients that must stay to the end.
     """
 
-    on: bool = False
+    enabled: bool = False
     clip_norm: float = 10.0
     bits: int = 64
     threshold: float = 0.67

@@ -86,10 +86,10 @@ def _check_client(recipe: Recipe) -> None:
 
 
 def _check_shares(recipe: Recipe) -> None:
-    if not recipe.secure_aggregation.on:
+    if not recipe.secure_aggregation.enabled:
         raise FedpeftError(
             "privacy.noise=shares: a client's own share of the noise hides nothing unless nobody "
-            "sees its update alone. Set secure_aggregation.on=true, or privacy.noise=client."
+            "sees its update alone. Set secure_aggregation.enabled=true, or privacy.noise=client."
         )
     if recipe.rounds.sampling.kind == "poisson":
         raise FedpeftError(

@@ -75,7 +75,7 @@ class Prepared:
         recipe, found = self.recipe, list[Postprocessor]()
         if self.terms is not None:
             found.append(self.terms.mechanism)
-        if recipe.secure_aggregation.on and recipe.privacy.unit != "client":
+        if recipe.secure_aggregation.enabled and recipe.privacy.unit != "client":
             found.append(clipped_for_sums(recipe, Randomness.secure()))
         if recipe.robust.rule != "none":
             root = self._root if recipe.robust.rule == "fltrust" else None
@@ -93,7 +93,7 @@ class Prepared:
     def secured(self, federation: Federation) -> Federation:
         """The federation, under secure aggregation where the recipe asks for it."""
         level, secure = self.level, self.recipe.secure_aggregation
-        if not secure.on or level is None:
+        if not secure.enabled or level is None:
             return federation
         equal = self.recipe.rounds.weighting == "equal"
         return SecureFederation(federation, secure, level, equal)

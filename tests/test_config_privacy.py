@@ -25,7 +25,7 @@ def client(more: str = "", rounds: str = "") -> str:
         client(", adaptive: true"),
         client(", bands: -1", ", sampling: {kind: cyclic}"),
         client(", noise: client"),
-        client(", noise: shares") + "\nsecure_aggregation: {'on': true}",
+        client(", noise: shares") + "\nsecure_aggregation: {enabled: true}",
         client(", randomness: seeded"),
     ],
 )
@@ -52,10 +52,10 @@ def test_these_go(text: str) -> None:
         (client(", noise: client, bands: 2"), "Set privacy.noise=server"),
         (client(", adaptive: true, bands: 2"), "one bound for the whole run"),
         (client(", bands: 2") + "\noutput: {checkpoint_every: 2}", "Set output.checkpoint_every=1"),
-        (client(", noise: shares"), "Set secure_aggregation.on=true"),
+        (client(", noise: shares"), "Set secure_aggregation.enabled=true"),
         (
             client(", noise: shares", ", sampling: {kind: poisson}")
-            + "\nsecure_aggregation: {'on': true}",
+            + "\nsecure_aggregation: {enabled: true}",
             "Use rounds.sampling.kind=fixed, uniform or cyclic",
         ),
     ],

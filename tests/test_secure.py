@@ -70,7 +70,7 @@ def sent(names: tuple[str, ...] = NAMES) -> Messages:
 
 
 ROWS = torch.randn(4, P, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-SETTINGS = SecureAggregation(on=True, clip_norm=2.0)
+SETTINGS = SecureAggregation(enabled=True, clip_norm=2.0)
 
 
 def test_the_sum_is_that_of_the_protocols_integers() -> None:
@@ -176,7 +176,7 @@ def test_a_run_is_that_without_it_where_nothing_is_clipped() -> None:
     """FedAvg, weights by examples: secure sums change roundings only."""
     rounds = Rounds(count=3)
     plain, _ = play(prepared_of(recipe_of(rounds=rounds)))
-    secure = SecureAggregation(on=True, clip_norm=100.0)
+    secure = SecureAggregation(enabled=True, clip_norm=100.0)
     prepared = prepared_of(recipe_of(rounds=rounds, secure_aggregation=secure))
     assert prepared.level is not None and prepared.level.place == "nobody"
     found, reports = play(prepared)
@@ -187,7 +187,7 @@ def test_a_run_is_that_without_it_where_nothing_is_clipped() -> None:
 
 
 def test_a_run_clips_what_is_longer_than_the_sums_bound() -> None:
-    secure = SecureAggregation(on=True, clip_norm=1e-3)
+    secure = SecureAggregation(enabled=True, clip_norm=1e-3)
     states, _ = play(prepared_of(recipe_of(secure_aggregation=secure)), 1)
     moved = flat(states[1].adapter) - flat(states[0].adapter)
     assert 1e-5 < float(moved.norm()) <= 1e-3

@@ -40,9 +40,9 @@ def own_keyring(node_config: Mapping[str, object]) -> Keyring:
     missing = [key for key in ("identity", "identities") if not node_config.get(key)]
     if missing:
         raise FedpeftError(
-            f"secure_aggregation.on needs node config {' and '.join(missing)}: identity=FILE with "
-            f"this node's Ed25519 secret key, identities=FILE with all clients' public keys (JSON, "
-            f"name -> hex). Take neither from the server that aggregates."
+            f"secure_aggregation.enabled needs node config {' and '.join(missing)}: identity=FILE "
+            f"with this node's Ed25519 secret key, identities=FILE with all clients' public keys "
+            f"(JSON, name -> hex). Take neither from the server that aggregates."
         )
     secret = read_secret(Path(str(node_config["identity"])))
     return Keyring(secret, read_identities(Path(str(node_config["identities"]))))

@@ -44,20 +44,20 @@ def check_rules(node: Node, prepared: Prepared, secure: bool) -> None:
     secure: whether the request is one of secure aggregation.
     """
     recipe = prepared.recipe
-    if recipe.secure_aggregation.on != secure:
+    if recipe.secure_aggregation.enabled != secure:
         raise FedpeftError(
-            "secure_aggregation.on: this client answers under secure aggregation only, and was "
-            "asked for its update in clear."
-            if recipe.secure_aggregation.on
+            "secure_aggregation.enabled: this client answers under secure aggregation only, and "
+            "was asked for its update in clear."
+            if recipe.secure_aggregation.enabled
             else "this client was asked for a masked update, and the recipe does not say so: set "
-            "secure_aggregation.on=true."
+            "secure_aggregation.enabled=true."
         )
     if node.simulated:
         return
     if node.config.get("identity") and not secure:
         raise FedpeftError(
             "node config identity: this node trains under secure aggregation only. Set "
-            "secure_aggregation.on=true in the recipe, or start the node without an identity."
+            "secure_aggregation.enabled=true in the recipe, or start the node without an identity."
         )
     if node.config.get("privacy-ledger") and recipe.privacy.unit != "record":
         raise FedpeftError(

@@ -33,7 +33,7 @@ SECURE = "train.secure"
 
 def secured_in_simulation(prepared: Prepared, federation: FlowerFederation) -> Federation:
     """The federation, with simulated keys under secure aggregation if the recipe asks for it."""
-    if not prepared.recipe.secure_aggregation.on:
+    if not prepared.recipe.secure_aggregation.enabled:
         return federation
     keys = simulated_identities(prepared.recipe.seed, tuple(prepared.problem.clients))
     return SecureFlowerFederation(prepared, federation, keys)

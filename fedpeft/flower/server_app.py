@@ -67,13 +67,13 @@ def federation_of(prepared: Prepared, grid: Grid, config: Mapping[str, object]) 
         digests=Digests(network.digest, network.layout.digest),
         patience=patience,
     )
-    if not recipe.secure_aggregation.on:
+    if not recipe.secure_aggregation.enabled:
         return federation
     path = str(config.get("identities") or "")
     if not path:
         raise FedpeftError(
-            "secure_aggregation.on needs run config identities=FILE on the server: all clients' "
-            "public Ed25519 keys (JSON, name -> hex), by which forged answers are told."
+            "secure_aggregation.enabled needs run config identities=FILE on the server: all "
+            "clients' public Ed25519 keys (JSON, name -> hex), by which forged answers are told."
         )
     return SecureFlowerFederation(prepared, federation, read_identities(Path(path)))
 

@@ -84,7 +84,9 @@ def level_of(prepared: Prepared) -> ClientLevel:
     """What clips the updates of a recipe under secure aggregation."""
     level = prepared.level
     if level is None:
-        raise FedpeftError("secure_aggregation.on must be true for sums; the recipe says false.")
+        raise FedpeftError(
+            "secure_aggregation.enabled must be true for sums; the recipe says false."
+        )
     return level
 
 

@@ -45,7 +45,7 @@ def client_level(strategy: Strategy[Any]) -> Refusal:
 
 
 def secure_aggregation(strategy: Strategy[Any]) -> Refusal:
-    """``secure_aggregation.on``: the server learns the sum of the updates alone."""
+    """``secure_aggregation.enabled``: the server learns the sum of the updates alone."""
     if strategy.pools:
         return "there is only one party, and nothing is aggregated: use a federated strategy"
     if not strategy.linear:
@@ -77,7 +77,8 @@ def check_compatible(recipe: Recipe, strategy: Strategy[Any]) -> None:
     asked = {
         "privacy.unit=record": privacy.unit == "record" and record_level(strategy),
         "privacy.unit=client": privacy.unit == "client" and client_level(strategy),
-        "secure_aggregation.on": recipe.secure_aggregation.on and secure_aggregation(strategy),
+        "secure_aggregation.enabled": recipe.secure_aggregation.enabled
+        and secure_aggregation(strategy),
         f"robust.rule={recipe.robust.rule}": recipe.robust.rule != "none" and robust_rule(strategy),
     }
     for key, refusal in asked.items():
@@ -87,8 +88,8 @@ def check_compatible(recipe: Recipe, strategy: Strategy[Any]) -> None:
         (f"robust.rule={recipe.robust.rule}", recipe.robust.rule != "none", UNBOUNDED),
         (f"attack.kind={recipe.attack.kind}", recipe.attack.kind != "none", NOISED),
     ):
-        if on and recipe.secure_aggregation.on:
-            raise FedpeftError(f"{this} with secure_aggregation.on: {SUMS}.")
+        if on and recipe.secure_aggregation.enabled:
+            raise FedpeftError(f"{this} with secure_aggregation.enabled: {SUMS}.")
         if on and privacy.unit == "client":
             raise FedpeftError(f"{this} with privacy.unit=client: {noised}.")
 

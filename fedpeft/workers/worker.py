@@ -134,7 +134,7 @@ def _train(
 ) -> Iterator[Item]:
     """The shard's replies, or, for a linear strategy, what the round loop would make of them."""
     stream = federation.run(task.round, messages)
-    single = prepared.post.individual or prepared.recipe.secure_aggregation.on
+    single = prepared.post.individual or prepared.recipe.secure_aggregation.enabled
     if single or not prepared.strategy.linear or prepared.strategy.keeps:  # it must know who keeps
         for reply in stream:
             yield pack_messages(reply) if isinstance(reply, Messages) else reply

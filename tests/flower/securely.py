@@ -48,7 +48,7 @@ def recipe_of(
     return dataclasses.replace(
         tiny_recipe(folder, **strategy),
         privacy=privacy,
-        secure_aggregation=secure or SecureAggregation(on=True, clip_norm=0.05),
+        secure_aggregation=secure or SecureAggregation(enabled=True, clip_norm=0.05),
         rounds=Rounds(count=2, weighting="equal" if privacy.unit == "client" else weighting),
     )
 

@@ -188,7 +188,7 @@ def test_a_simulated_node_leaves_the_books_to_the_run(tiny: Path) -> None:
 
 def test_under_secure_aggregation_too_a_round_is_charged_once(tiny: Path, tmp_path: Path) -> None:
     recipe = dataclasses.replace(
-        recipe_of(tiny), secure_aggregation=SecureAggregation(on=True, clip_norm=10.0)
+        recipe_of(tiny), secure_aggregation=SecureAggregation(enabled=True, clip_norm=10.0)
     )
     prepared, config = prepare(recipe), write_keys(tmp_path / "keys")
     for number, own in real(tmp_path).items():

@@ -57,9 +57,9 @@ ADAPTIVE = dataclasses.replace(SERVER_NOISE, noise_multiplier=0.3, adaptive=True
 @pytest.mark.parametrize(
     ("privacy", "secure", "weighting"),
     [
-        (None, SecureAggregation(on=True, clip_norm=0.05), "examples"),
-        (None, SecureAggregation(on=True, clip_norm=0.05, bits=32), "equal"),
-        (None, SecureAggregation(on=True, clip_norm=50.0, threshold=1.0), "examples"),
+        (None, SecureAggregation(enabled=True, clip_norm=0.05), "examples"),
+        (None, SecureAggregation(enabled=True, clip_norm=0.05, bits=32), "equal"),
+        (None, SecureAggregation(enabled=True, clip_norm=50.0, threshold=1.0), "examples"),
         (SERVER_NOISE, None, "equal"),
         (ADAPTIVE, None, "equal"),
     ],
@@ -290,7 +290,7 @@ def test_clients_refuse_parameters_that_their_recipe_does_not_give(
 def test_clients_refuse_a_sum_of_fewer_than_the_recipes_threshold(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    strict = SecureAggregation(on=True, clip_norm=0.05, threshold=1.0)
+    strict = SecureAggregation(enabled=True, clip_norm=0.05, threshold=1.0)
     prepared = prepare(recipe_of(tiny, secure=strict))
     federation = on_flower(prepared, grid_of())
     monkeypatch.setattr(federation._rules, "least", lambda clients: 3)  # the server's alone

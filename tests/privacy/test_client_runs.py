@@ -21,7 +21,7 @@ from fedpeft.secure import SecureFederation
 from fedpeft.strategy import available, build
 from tests.privacy.federated import CLIENT, SIZES, flat, play, prepared_of, recipe_of, replies_of
 
-SECURE = SecureAggregation(on=True)
+SECURE = SecureAggregation(enabled=True)
 
 
 @pytest.mark.parametrize("name", sorted(n for n in available() if not client_level(build(n, {}))))
@@ -122,7 +122,7 @@ def test_secure_sums_are_plain_sums_but_for_rounding(bits: int) -> None:
     """The same noise in both: that of the server."""
     found = []
     for on in (False, True):
-        secure = SecureAggregation(on=on, bits=bits)
+        secure = SecureAggregation(enabled=on, bits=bits)
         prepared = prepared_of(recipe_of(privacy=CLIENT, secure_aggregation=secure))
         assert prepared.level is not None
         prepared.level.randomness = Randomness.seeded(2)
@@ -136,7 +136,7 @@ def test_secure_sums_are_plain_sums_but_for_rounding(bits: int) -> None:
 def test_a_secure_round_of_too_few_shares_gives_no_sum() -> None:
     """Whatever the threshold of secure aggregation is: noise must be whole before a sum is seen."""
     privacy = dataclasses.replace(CLIENT, noise="shares")
-    secure = SecureAggregation(on=True, threshold=0.1)
+    secure = SecureAggregation(enabled=True, threshold=0.1)
     rounds = Rounds(count=3, weighting="equal", quorum=1.0)
     prepared = prepared_of(
         recipe_of(privacy=privacy, secure_aggregation=secure, rounds=rounds), (5, 9, 3, 12, 4)

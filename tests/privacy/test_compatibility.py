@@ -20,7 +20,7 @@ from tests.privacy.federated import CLIENT, RECORD, flat, play, prepared_of, rec
 ASKS: dict[str, dict[str, Any]] = {
     "record": {"privacy": RECORD},
     "client": {"privacy": CLIENT},
-    "secure aggregation": {"secure_aggregation": SecureAggregation(on=True)},
+    "secure aggregation": {"secure_aggregation": SecureAggregation(enabled=True)},
     "robust rule": {"robust": Robust(rule="median")},
 }
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
@@ -71,7 +71,7 @@ def test_every_cell_is_played_or_refused(name: str, column: str) -> None:
 
 
 ROBUST, ATTACK = Robust(rule="median"), Attack(kind="sign_flip")
-SECURE = SecureAggregation(on=True)
+SECURE = SecureAggregation(enabled=True)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ SECURE = SecureAggregation(on=True)
     [
         (
             {"robust": ROBUST, "secure_aggregation": SECURE},
-            r"robust\.rule=median with secure_aggregation\.on: it works on single updates",
+            r"robust\.rule=median with secure_aggregation\.enabled: it works on single updates",
         ),
         (
             {"robust": ROBUST, "privacy": CLIENT},
@@ -87,7 +87,7 @@ SECURE = SecureAggregation(on=True)
         ),
         (
             {"attack": ATTACK, "secure_aggregation": SECURE},
-            r"attack\.kind=sign_flip with secure_aggregation\.on: it works on single updates",
+            r"attack\.kind=sign_flip with secure_aggregation\.enabled: it works on single updates",
         ),
         (
             {"attack": ATTACK, "privacy": CLIENT},

@@ -150,7 +150,7 @@ def test_fewer_than_must_share_the_noise_end_the_run(tmp_path: Path) -> None:
         tmp_path,
         rounds_of("fixed", 9, size=4),
         privacy,
-        secure_aggregation=SecureAggregation(on=True),
+        secure_aggregation=SecureAggregation(enabled=True),
     )
     assert isinstance(guard.terms.mechanism, ClientLevel) and guard.terms.mechanism.least == 2
     sizes = []

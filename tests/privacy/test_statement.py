@@ -144,7 +144,9 @@ def test_it_says_who_is_protected_from_whom_and_how(
     privacy: Privacy, sampling: Sampling, words: tuple[str, ...], tmp_path: Path
 ) -> None:
     text = "\n".join(
-        played(tmp_path, privacy, sampling, secure_aggregation=SecureAggregation(on=True)).lines()
+        played(
+            tmp_path, privacy, sampling, secure_aggregation=SecureAggregation(enabled=True)
+        ).lines()
     )
     assert all(word in text for word in words), text
 

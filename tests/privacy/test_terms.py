@@ -156,6 +156,6 @@ def test_noise_is_secret_unless_it_is_asked_to_repeat() -> None:
 
 
 def test_sums_alone_are_clipped_and_not_noised() -> None:
-    recipe: Recipe = recipe_of(secure_aggregation=SecureAggregation(on=True, clip_norm=3.0))
+    recipe: Recipe = recipe_of(secure_aggregation=SecureAggregation(enabled=True, clip_norm=3.0))
     own = clipped_for_sums(recipe, randomness_of(recipe))
     assert (own.clip_norm, own.place, own.always) == (3.0, "nobody", False)
