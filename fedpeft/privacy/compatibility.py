@@ -16,6 +16,7 @@ from fedpeft.strategy import Strategy, available, build
 Refusal = str
 """Why not, and what to use instead; empty where it goes."""
 
+ALONE = "there is only one party, and nothing is aggregated: use a federated strategy"
 SUMS = "it works on single updates, and only their sum is seen: leave one of the two out"
 NOISED = "noise hides what an attack does: study the two apart, leave one of them out"
 UNBOUNDED = (
@@ -37,29 +38,25 @@ def record_level(strategy: Strategy[Any]) -> Refusal:
 
 def client_level(strategy: Strategy[Any]) -> Refusal:
     """``privacy.unit=client`` with noise by the server, by shares or by each client."""
-    if strategy.pools:
-        return "all data lie with one party, so there is no client to protect: use unit=record"
-    if not strategy.linear:
-        return f"{_why_individual(strategy)}, and the noise is on their mean: use unit=record"
-    return ""
+    alone = "all data lie with one party, so there is no client to protect: use unit=record"
+    return _of_the_mean(strategy, alone, "and the noise is on their mean: use unit=record")
 
 
 def secure_aggregation(strategy: Strategy[Any]) -> Refusal:
     """``secure_aggregation.enabled``: the server learns the sum of the updates alone."""
-    if strategy.pools:
-        return "there is only one party, and nothing is aggregated: use a federated strategy"
-    if not strategy.linear:
-        return f"{_why_individual(strategy)}, and only their sum is seen: use a linear strategy"
-    return ""
+    return _of_the_mean(strategy, ALONE, "and only their sum is seen: use a linear strategy")
 
 
 def robust_rule(strategy: Strategy[Any]) -> Refusal:
     """``robust.rule``: one update in place of the clients' mean."""
+    return _of_the_mean(strategy, ALONE, "and a rule leaves one update: use a linear strategy")
+
+
+def _of_the_mean(strategy: Strategy[Any], alone: str, otherwise: str) -> Refusal:
+    """Why a strategy cannot do with one update for all: ``alone``, or what it needs instead."""
     if strategy.pools:
-        return "there is only one party, and nothing is aggregated: use a federated strategy"
-    if not strategy.linear:
-        return f"{_why_individual(strategy)}, and a rule leaves one update: use a linear strategy"
-    return ""
+        return alone
+    return "" if strategy.linear else f"{_why_individual(strategy)}, {otherwise}"
 
 
 COLUMNS: dict[str, Callable[[Strategy[Any]], Refusal]] = {
