@@ -92,6 +92,7 @@ def play_round(
         replies = intake.stream(federation.run(number, *going) if going else iter(()))
         after = _received(strategy, after, sent, replies, seam.post)
         books.back(intake)
+        seam.post.arrived([n for one in going for n in one.clients if n not in books.lost])
         if intake.replied < fewest:
             raise QuorumError(_short(number, names, intake.replied, rounds, books.lost))
         asked = tuple(name for name in names if name not in books.lost)

@@ -18,6 +18,10 @@ class ReplyError(FedpeftError):
     """A client's reply that may not touch the aggregate. Excludes that client from that round."""
 
 
+class PayloadError(ReplyError):
+    """A payload that cannot be read: truncated, changed, of another model, or none at all."""
+
+
 class QuorumError(FedpeftError):
     """Too few valid replies in a round to go on."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,17 +26,38 @@ class Message:
     blobs: Mapping[str, bytes] = field(default_factory=dict)
 
 
+class Coded(Protocol):
+    """What a codec made of the trees of K messages: they travel as one payload each.
+
+    The trees beside it hold what the receiver reads in the payloads.
+    """
+
+    def sizes(self) -> Mapping[str, Tensor]:
+        """Length of each payload by kind: int64 ``[K]``."""
+
+    def rows(self, index: Sequence[int]) -> Coded:
+        """Of the messages at ``index``."""
+
+    def payload(self, k: int) -> bytes:
+        """The payload of message ``k``."""
+
+
+PAYLOAD = "payload"
+"""The blob in place of a message's trees where a codec has been at work."""
+
+
 @dataclass(frozen=True)
 class Messages:
     """The messages of K named clients, stacked: trees ``[K, *shape]``, scalars ``[K]`` float64.
 
-    Rows are in the order of ``clients``.
+    Rows are in the order of ``clients``. coded: how the trees travel; None for as they are.
     """
 
     clients: tuple[str, ...]
     trees: Mapping[str, Tree] = field(default_factory=dict)
     scalars: Mapping[str, Tensor] = field(default_factory=dict)
     blobs: Mapping[str, tuple[bytes, ...]] = field(default_factory=dict)
+    coded: Coded | None = None
 
     @staticmethod
     def broadcast(
@@ -92,7 +114,7 @@ class Messages:
             }
             for n, t in self.trees.items()
         }
-        return Messages(self.clients, moved, self.scalars, self.blobs)
+        return Messages(self.clients, moved, self.scalars, self.blobs, self.coded)
 
     def __len__(self) -> int:
         return len(self.clients)
@@ -117,6 +139,7 @@ class Messages:
             pick,
             {name: v[at] for name, v in self.scalars.items()},
             {name: tuple(v[i] for i in at) for name, v in self.blobs.items()},
+            None if self.coded is None else self.coded.rows(at),
         )
 
     def split(self, size: int) -> Iterator[Messages]:

@@ -30,7 +30,7 @@ _BUMPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 _AT_ONCE = 1 << 15
-"""Blocks that are computed at once, so that what is computed with stays in the processor's cache."""
+"""Blocks that are computed at once, so that the work stays in the processor's cache."""
 
 LEVELS = 1 << 16
 """Values that a normal number can have."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,21 +21,40 @@ from fedpeft.message import Messages, Replies
 from fedpeft.tree import Tree, shared
 
 
+class Kept(Protocol):
+    """What clients have at hand when their messages leave: a ``Cohort``'s private memory.
+
+    round: counts from 1.
+    """
+
+    @property
+    def round(self) -> int:
+        """The round that is being played."""
+
+    def recall(self, name: str, default: Tree) -> Tree:
+        """See ``Cohort.recall``."""
+
+    def remember(self, name: str, value: Tree) -> None:
+        """See ``Cohort.remember``."""
+
+
 class Postprocessor:
     """One transform at the seam. By default it changes nothing, and remembers nothing.
 
     individual: it must see each client's reply in ``enter``; else means over clients will do.
-    always: ``enter`` gives a reply even where no client did.
+    always: ``enter`` gives a reply even where no client did. remembers: clients keep something of
+    it between rounds.
     """
 
     individual: bool = False
     always: bool = False
+    remembers: bool = False
 
     def announce(self, sent: Messages) -> Messages:
         """On the server: the messages with what clients must know, before they are sent."""
         return sent
 
-    def leave(self, sent: Messages, reply: Messages) -> Messages:
+    def leave(self, sent: Messages, reply: Messages, kept: Kept) -> Messages:
         """On the clients: what goes out in place of ``reply``."""
         return reply
 
@@ -47,6 +67,9 @@ class Postprocessor:
         the first of them, unstacked, as to names, shapes and dtypes.
         """
         return replies
+
+    def arrived(self, clients: Sequence[str]) -> None:
+        """On the server: the exchange is over, and these clients' replies to it were valid."""
 
     def memory(self) -> dict[str, Tree]:
         """What the server half must keep from round to round, for a checkpoint."""
@@ -70,14 +93,18 @@ class Chain(Postprocessor):
     def always(self) -> bool:  # type: ignore[override]
         return any(link.always for link in self.links)
 
+    @property
+    def remembers(self) -> bool:  # type: ignore[override]
+        return any(link.remembers for link in self.links)
+
     def announce(self, sent: Messages) -> Messages:
         for link in self.links:
             sent = link.announce(sent)
         return sent
 
-    def leave(self, sent: Messages, reply: Messages) -> Messages:
+    def leave(self, sent: Messages, reply: Messages, kept: Kept) -> Messages:
         for link in self.links:
-            reply = link.leave(sent, reply)
+            reply = link.leave(sent, reply, kept)
         return reply
 
     def enter(
@@ -86,6 +113,10 @@ class Chain(Postprocessor):
         for link in reversed(self.links):
             replies = link.enter(sent, like, replies)
         return replies
+
+    def arrived(self, clients: Sequence[str]) -> None:
+        for link in self.links:
+            link.arrived(clients)
 
     def memory(self) -> dict[str, Tree]:
         return {

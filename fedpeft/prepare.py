@@ -113,7 +113,7 @@ class Prepared:
         federation = CohortFederation(
             self.network, self.lane, own, self.strategy, settings, 1, None
         )
-        asked = Messages(("server",), sent.trees, sent.scalars, sent.blobs)
+        asked = dataclasses.replace(sent, clients=("server",))
         [reply] = federation.run(1, asked)
         if isinstance(reply, Failure):
             raise FedpeftError(

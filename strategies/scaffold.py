@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 
 from fedpeft.errors import FedpeftError
-from fedpeft.strategy import Cohort, Messages, Problem, Replies, Strategy
+from fedpeft.strategy import Cohort, Message, Messages, Problem, Replies, Strategy
 from fedpeft.tree import RunningMean, Tree, add, scale, sub, zeros_like
 
 
@@ -71,17 +71,20 @@ class Scaffold(Strategy[State]):
         fit = cohort.fit(start, adjust=corrected, own=own)
         after = {n: x / fit.steps.to(x).view(-1, *[1] * (x.dim() - 1)) for n, x in met.items()}
         cohort.remember("control", after)
-        trees = {"adapter": fit.adapter, "control": sub(after, before)}
+        trees = {"adapter": fit.adapter, "change": sub(after, before)}
         return messages.reply(trees, weight=cohort.weights, loss=fit.loss)
 
+    def expects(self, sent: Message) -> Mapping[str, Tree]:
+        return {"adapter": sent.trees["adapter"], "change": sent.trees["control"]}
+
     def receive(self, state: State, replies: Replies) -> State:
-        means, present = {"adapter": RunningMean(), "control": RunningMean()}, 0
+        means, present = {"adapter": RunningMean(), "change": RunningMean()}, 0
         for reply in replies:
             present += len(reply)
             for name, running in means.items():
                 running.add(reply.trees[name], reply.scalars["weight"])
         move = sub(means["adapter"].result(), state.adapter)
-        change = scale(means["control"].result(), present / state.clients)
+        change = scale(means["change"].result(), present / state.clients)
         return State(
             add(state.adapter, scale(move, self.lr)), add(state.control, change), state.clients
         )

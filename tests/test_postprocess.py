@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from fedpeft.message import Messages, Replies
-from fedpeft.postprocess import NOTHING, Chain, Postprocessor, applied, flat, unflat, updates
+from fedpeft.postprocess import NOTHING, Chain, Kept, Postprocessor, applied, flat, unflat, updates
 from fedpeft.tree import Tree
+from tests.kept import Memory
 
 SENT = Messages.broadcast(["a", "b"], {"adapter": {"x": torch.tensor([1.0, 2.0])}})
 
@@ -23,13 +24,14 @@ class Marks(Postprocessor):
     factor: float = 1.0
     individual: bool = False
     always: bool = False
+    remembers: bool = False
     kept: dict[str, Tree] = field(default_factory=dict)
 
     def announce(self, sent: Messages) -> Messages:
         self.calls.append(f"announce {self.name}")
         return sent
 
-    def leave(self, sent: Messages, reply: Messages) -> Messages:
+    def leave(self, sent: Messages, reply: Messages, kept: Kept) -> Messages:
         self.calls.append(f"leave {self.name}")
         return reply
 
@@ -84,7 +86,7 @@ def test_clients_go_forth_and_the_server_back() -> None:
     calls: list[str] = []
     chain = Chain((Marks("1", calls), Other("2", calls)))
     chain.announce(SENT)
-    chain.leave(SENT, SENT)
+    chain.leave(SENT, SENT, Memory())
     chain.enter([SENT], {}, iter([]))
     assert calls == ["announce 1", "announce 2", "leave 1", "leave 2", "enter 2", "enter 1"]
 
@@ -112,10 +114,10 @@ def test_links_that_remember_do_not_see_one_another() -> None:
 
 def test_nothing_changes_nothing() -> None:
     replies = [SENT]
-    assert NOTHING.announce(SENT) is SENT and NOTHING.leave(SENT, SENT) is SENT
+    assert NOTHING.announce(SENT) is SENT and NOTHING.leave(SENT, SENT, Memory()) is SENT
     assert list(NOTHING.enter([SENT], {}, replies)) == replies
     plain = Postprocessor()
-    assert plain.announce(SENT) is SENT and plain.leave(SENT, SENT) is SENT
+    assert plain.announce(SENT) is SENT and plain.leave(SENT, SENT, Memory()) is SENT
     assert plain.enter([SENT], {}, replies) is replies and plain.memory() == {}
     plain.restore({})
     assert not (NOTHING.individual or NOTHING.always or NOTHING.memory())

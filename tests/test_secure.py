@@ -22,6 +22,7 @@ from fedpeft.secagg.fixed import FixedPoint
 from fedpeft.secure import SecureFederation, Vectors
 from fedpeft.tree import Tree
 from tests.privacy.federated import flat, play, prepared_of, recipe_of
+from tests.kept import Memory
 
 P = 6
 NAMES = ("a", "b", "c", "d")
@@ -53,7 +54,7 @@ class Fake:
                 one = sent.rows([k])
                 tree = {"t": {"x": one.trees["t"]["x"] + self.rows[at].float()}}
                 reply = one.reply(tree, weight=self.weights[at : at + 1])
-                yield self.own.leave(one, reply)
+                yield self.own.leave(one, reply, Memory())
 
     def evaluate(self, round: int, *stacks: Messages) -> Iterator[dict[str, Score] | Failure]:
         yield Failure("a", "no score")

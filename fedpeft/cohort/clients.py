@@ -164,6 +164,11 @@ class TorchCohort(Cohort):
         version, value = self._shelf.kept(self.clients, name, since)
         return version, {key: tensor.to(self._device) for key, tensor in value.items()}
 
+    @property
+    def round(self) -> int:
+        """The round that is being played, from 1."""
+        return self._info.progress.round
+
     def _plans(self) -> list[np.ndarray]:
         """The clients' batches of this round, of equal width."""
         info, local = self._info, self._trainer.gradients.local

@@ -12,17 +12,21 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
 import torch
 
 from fedpeft.model import kind_of
-from fedpeft.strategy import Message, Messages
+from fedpeft.message import PAYLOAD, Message, Messages
 
 Bytes = dict[str, int]
-"""Bytes by kind: ``adapter``, ``head``, ``base``, ``scalar``, ``blob``."""
+"""Bytes by kind: ``adapter``, ``head``, ``base``, ``scalar``, ``blob``.
+
+Where a codec was at work also ``index`` and ``mask`` (which numbers were kept), ``scale``, ``seed``,
+``schema`` (names and shapes, once per client) and ``header``.
+"""
 
 
 @cache
@@ -53,16 +57,20 @@ def message_bytes(message: Message) -> Bytes:
 
 
 def stack_bytes(messages: Messages) -> Bytes:
-    """Bytes of all messages of a stack by kind."""
+    """Bytes of all messages of a stack by kind; trees that a codec was at are as long as it says."""
     if not len(messages):
         return {}
     found: Counter[str] = Counter()
-    one = message_bytes(messages[0])
-    for kind, size in one.items():
+    coded = messages.coded
+    bare = messages if coded is None else replace(messages, trees={}, coded=None)
+    for kind, size in message_bytes(bare[0]).items():
         found[kind] = size * len(messages)
-    if messages.blobs:  # the only part whose size may differ from client to client
+    if messages.blobs:  # may differ in length from client to client
         names = sum(len(name) for name in messages.blobs) * len(messages)
         found["blob"] = names + sum(len(b) for own in messages.blobs.values() for b in own)
+    if coded is not None:
+        found["header"] += len(PAYLOAD) * len(messages)
+        found.update({kind: int(each.sum()) for kind, each in coded.sizes().items()})
     return dict(found)
 
 

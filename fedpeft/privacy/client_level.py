@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fedpeft.errors import FedpeftError, QuorumError
 from fedpeft.message import Messages, Replies
-from fedpeft.postprocess import Postprocessor, applied, flat, unflat, updates
+from fedpeft.postprocess import Kept, Postprocessor, applied, flat, unflat, updates
 from fedpeft.privacy.clipping import adapt, clip, split
 from fedpeft.privacy.matrix import coefficients, correlated, sensitivity
 from fedpeft.privacy.randomness import Randomness
@@ -105,9 +105,9 @@ class ClientLevel(Postprocessor):
         if self.adaptive is None:
             return sent
         bound = torch.full((len(sent),), self.clip_norm, dtype=torch.float64)
-        return Messages(sent.clients, sent.trees, {**sent.scalars, BOUND: bound}, sent.blobs)
+        return replace(sent, scalars={**sent.scalars, BOUND: bound})
 
-    def leave(self, sent: Messages, reply: Messages) -> Messages:
+    def leave(self, sent: Messages, reply: Messages, kept: Kept) -> Messages:
         bound = self._bound(sent)
         layout = Layout.of(row(flat(reply.trees), 0))
         clipped = clip(layout.pack(flat(updates(sent, reply))), bound * (1 - ROUNDING))

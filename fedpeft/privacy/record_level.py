@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedpeft.config import Local, Privacy
 from fedpeft.message import Messages
-from fedpeft.postprocess import Postprocessor
+from fedpeft.postprocess import Kept, Postprocessor
 from fedpeft.privacy.accountants import epsilon
 from fedpeft.privacy.calibrate import noise_multiplier
 from fedpeft.privacy.events import Event, Repeated, SampledGaussian
@@ -129,7 +129,7 @@ class RecordLevel(Postprocessor):
             self.randomness,
         )
 
-    def leave(self, sent: Messages, reply: Messages) -> Messages:
+    def leave(self, sent: Messages, reply: Messages, kept: Kept) -> Messages:
         scalars = {n: value for n, value in reply.scalars.items() if n != "loss"}
         return Messages(reply.clients, reply.trees, scalars, reply.blobs)
 

@@ -24,6 +24,7 @@ from fedpeft.flower.secure import SecureFlowerFederation
 from fedpeft.flower.summed import Rules
 from fedpeft.message import Messages
 from fedpeft.prepare import Prepared, prepare
+from fedpeft.postprocess import Kept
 from fedpeft.privacy.client_level import BELOW, ClientLevel
 from fedpeft.secagg.envelope import Kind
 from fedpeft.secagg.fixed import FixedPoint
@@ -188,16 +189,16 @@ def test_garbage_costs_its_sender_alone(
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Messages]:
     """What every client's reply was, before it was masked."""
-    kept: dict[str, Messages] = {}
+    found: dict[str, Messages] = {}
     leave = ClientLevel.leave
 
-    def keep(self: ClientLevel, sent: Messages, reply: Messages) -> Messages:
-        found = leave(self, sent, reply)
-        kept[found.clients[0]] = found
-        return found
+    def keep(self: ClientLevel, sent: Messages, reply: Messages, kept: Kept) -> Messages:
+        left = leave(self, sent, reply, kept)
+        found[left.clients[0]] = left
+        return left
 
     monkeypatch.setattr(ClientLevel, "leave", keep)
-    return kept
+    return found
 
 
 @pytest.mark.parametrize("noise", ["server", "shares", "client"])

@@ -17,6 +17,7 @@ from fedpeft.privacy.matrix import coefficients
 from fedpeft.privacy.randomness import Randomness
 from fedpeft.record.codec import pack, unpack
 from fedpeft.tree import Tree
+from tests.kept import Memory
 
 S = 1.5
 SHAPES = {"a": (2, 3), "b": (4,)}
@@ -109,7 +110,7 @@ def test_an_update_that_is_not_finite_adds_nothing() -> None:
     own, sent = level(), sent_to(2)
     bad = tree(START + rows_of([1.0, 1.0]))
     bad["adapter"]["a"][1, 0, 0] = math.nan
-    left = own.leave(sent, sent.reply(bad, weight=torch.ones(2)))
+    left = own.leave(sent, sent.reply(bad, weight=torch.ones(2)), Memory())
     assert not left.trees["adapter"]["a"][1].any() and not left.trees["adapter"]["b"][1].any()
     assert bool(left.trees["adapter"]["a"][0].any())
 
@@ -117,7 +118,7 @@ def test_an_update_that_is_not_finite_adds_nothing() -> None:
 def test_what_leaves_is_the_clipped_update_and_nothing_else() -> None:
     own, sent, rows = level(), sent_to(3), rows_of([0.4, 3.0, 0.0])
     reply = sent.reply(tree(START + rows), weight=torch.ones(3), loss=torch.ones(3))
-    left = own.leave(sent, reply)
+    left = own.leave(sent, reply, Memory())
     assert left.scalars.keys() == {"weight"}
     got = torch.cat([left.trees["adapter"][n].flatten(1) for n in "ab"], dim=1).double()
     wanted = rows * torch.tensor([1.0, S / 3.0, 1.0])[:, None]
@@ -139,7 +140,7 @@ def test_all_clients_must_be_sent_the_same() -> None:
 def test_local_noise_is_twice_the_bound_for_each_client() -> None:
     """2 z S: an update is replaced by any other, not taken away."""
     own, sent = level(2.0, "client"), sent_to(2000)
-    left = own.leave(sent, sent.reply(tree(START.expand(2000, P)), weight=torch.ones(2000)))
+    left = own.leave(sent, sent.reply(tree(START.expand(2000, P)), weight=torch.ones(2000)), Memory())
     noise = torch.cat([left.trees["adapter"][n].flatten(1) for n in "ab"], dim=1)
     assert float(noise.std()) == pytest.approx(2 * 2.0 * S, rel=0.02)
     off = np.corrcoef(noise.numpy()[:100]) - np.eye(100)
@@ -159,7 +160,7 @@ def test_shares_add_up_to_the_servers_noise() -> None:
     sent = sent_to(5)
     sums = []
     for _ in range(400):
-        left = own.leave(sent, sent.reply(tree(START.expand(5, P)), weight=torch.ones(5)))
+        left = own.leave(sent, sent.reply(tree(START.expand(5, P)), weight=torch.ones(5)), Memory())
         sums.append(torch.cat([left.trees["adapter"][n].flatten(1) for n in "ab"], 1).sum(0))
     assert float(torch.stack(sums).std()) == pytest.approx(3.0 * S, rel=0.05)
 
@@ -175,7 +176,7 @@ def test_nothing_that_leaves_is_beyond_reach() -> None:
     for place in ("client", "shares", "server"):
         own, sent = level(3.0, place), sent_to(500)
         reply = sent.reply(tree(START + rows_of([20.0] * 500)), weight=torch.ones(500))
-        left = own.leave(sent, reply)
+        left = own.leave(sent, reply, Memory())
         most = max(float(value.abs().max()) for value in left.trees["adapter"].values())
         assert most <= own.reach(sent)
         assert most > own.reach(sent) / 12
@@ -198,7 +199,7 @@ def test_the_bound_converges_to_the_median_through_the_real_class(first: float) 
         assert told.scalars[BOUND].tolist() == [own.clip_norm] * 100
         rows = rows_of(norms_of(round_, 100).tolist(), round_)
         reply = told.reply(tree(START + rows), weight=torch.ones(100))
-        left = own.leave(told, reply)
+        left = own.leave(told, reply, Memory())
         assert set(left.scalars) == {"weight", BELOW}
         list(own.enter([told], LIKE, iter([left])))
         path.append(own.clip_norm)
@@ -225,7 +226,7 @@ def test_the_bit_says_unclipped() -> None:
     own = level(adaptive=Adaptive(0.5, 0.2, 2.0))
     told = own.announce(sent_to(3))
     reply = told.reply(tree(START + rows_of([1.4, 1.6, 0.0])), weight=torch.ones(3))
-    assert own.leave(told, reply).scalars[BELOW].tolist() == [1.0, 0.0, 1.0]
+    assert own.leave(told, reply, Memory()).scalars[BELOW].tolist() == [1.0, 0.0, 1.0]
 
 
 # -- correlated noise
