@@ -18,6 +18,10 @@ class ReplyError(FedpeftError):
     """A client's reply that may not touch the aggregate. Excludes that client from that round."""
 
 
+class PayloadError(ReplyError):
+    """A compressed message that its receiver refuses: damaged, foreign, or not what was agreed."""
+
+
 class QuorumError(FedpeftError):
     """Too few valid replies in a round to go on."""
 
