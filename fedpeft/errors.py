@@ -19,7 +19,7 @@ class ReplyError(FedpeftError):
 
 
 class PayloadError(ReplyError):
-    """A payload that cannot be read: truncated, changed, of another model, or none at all."""
+    """A compressed message that its receiver refuses: damaged, foreign, or not what was agreed."""
 
 
 class QuorumError(FedpeftError):
