@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fedpeft.attacks.settings import Attack
+from fedpeft.codecs.settings import Codec
 from fedpeft.robust.settings import Robust
 
 
@@ -192,6 +193,20 @@ class SecureAggregation:
 
 
 @dataclass(frozen=True)
+class Comms:
+    """What messages cost.
+
+    up: how clients' replies are made smaller. down: how what clients are sent is, as a change of
+    what they were sent before. budget: bytes of all messages of the run, both ways, as ``50 MB`` or
+    ``1.5 GiB``; the run ends before a round that would go beyond (empty: no bound).
+    """
+
+    up: Codec = field(default_factory=Codec)
+    down: Codec = field(default_factory=Codec)
+    budget: str = ""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """When and how the adapter is measured.
 
@@ -262,6 +277,7 @@ class Recipe:
     local: Local = field(default_factory=Local)
     privacy: Privacy = field(default_factory=Privacy)
     secure_aggregation: SecureAggregation = field(default_factory=SecureAggregation)
+    comms: Comms = field(default_factory=Comms)
     robust: Robust = field(default_factory=Robust)
     attack: Attack = field(default_factory=Attack)
     evaluation: Evaluation = field(default_factory=Evaluation)

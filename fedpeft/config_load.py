@@ -23,6 +23,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from fedpeft import strategy as strategies
 from fedpeft.config import Data, Engine, Model, Recipe
+from fedpeft.config_comms import check_comms
 from fedpeft.config_privacy import check_privacy
 from fedpeft.config_rules import RULES
 from fedpeft.errors import FedpeftError, suggest
@@ -126,6 +127,7 @@ def check(recipe: Recipe) -> None:
         )
     _check_engine(recipe.engine)
     check_privacy(recipe)
+    check_comms(recipe)
     recipe.robust.check_settings()
     recipe.attack.check()
     if not _DEVICE.fullmatch(recipe.engine.device):

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedpeft import sampling
 from fedpeft.cohort.federation import client_weights
-from fedpeft.comms.ledger import Bytes, total_bytes
+from fedpeft.comms.ledger import Bytes, Entry, entries, totals
 from fedpeft.config import Rounds
 from fedpeft.errors import QuorumError
 from fedpeft.federation import Federation
@@ -28,7 +28,8 @@ class RoundReport:
 
     sampled: clients drawn. dropped: of these, the ones that dropped out (simulated). excluded:
     client -> why its training failed or its reply was refused. replied: clients in the aggregate.
-    loss: mean training loss of the replies, by weight. down, up: bytes by kind. seconds: wall time.
+    loss: mean training loss of the replies, by weight. down, up: bytes by kind. sent, came: the
+    same by client and exchange. seconds: wall time.
     """
 
     round: int
@@ -40,6 +41,8 @@ class RoundReport:
     down: Bytes
     up: Bytes
     seconds: float
+    sent: tuple[Entry, ...] = ()
+    came: tuple[Entry, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def play_round(
         after = _nobody(strategy, state, federation, number, seam)
         empty = RoundReport(number, (), (), {}, 0, math.nan, {}, {}, time.perf_counter() - began)
         return after, empty
-    after, books = state, _Books({}, {}, dict.fromkeys(sorted(lost), "dropped out"))
+    after, books = state, _Books([], [], dict.fromkeys(sorted(lost), "dropped out"))
     fewest = max(1, math.ceil(rounds.quorum * len(names)))
     asked: tuple[str, ...] = names
     for _ in range(strategy.exchanges):
@@ -103,25 +106,28 @@ def play_round(
         excluded={name: why for name, why in sorted(books.lost.items()) if name not in lost},
         replied=intake.replied,
         loss=books.loss,
-        down=books.down,
-        up=books.up,
+        down=totals(books.down),
+        up=totals(books.up),
         seconds=time.perf_counter() - began,
+        sent=tuple(books.down),
+        came=tuple(books.up),
     )
     return after, report
 
 
 @dataclass
 class _Books:
-    """What a round has sent and received so far, by kind; client -> why it is in it no more."""
+    """What a round has sent and received so far; client -> why it is in it no more."""
 
-    down: Bytes
-    up: Bytes
+    down: list[Entry]
+    up: list[Entry]
     lost: dict[str, str]
     loss: float = math.nan
 
     def out(self, sent: Sequence[Messages]) -> list[Messages]:
         """Counts what is sent; the messages of the clients that are still there."""
-        _add(self.down, total_bytes(sent))
+        for stack in sent:
+            self.down.extend(entries(stack))
         present = [
             stack.rows([k for k, name in enumerate(stack.clients) if name not in self.lost])
             for stack in sent
@@ -130,15 +136,10 @@ class _Books:
 
     def back(self, intake: Intake) -> None:
         """Counts what came back. The loss is that of the first exchange that trains."""
-        _add(self.up, intake.up)
+        self.up.extend(intake.entries)
         self.lost |= intake.excluded
         if math.isnan(self.loss) and intake.weight_sum > 0:
             self.loss = intake.loss_sum / intake.weight_sum
-
-
-def _add(books: Bytes, more: Bytes) -> None:
-    for kind, size in more.items():
-        books[kind] = books.get(kind, 0) + size
 
 
 def _received(

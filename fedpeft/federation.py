@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedpeft.comms.ledger import Bytes
+from fedpeft.comms.ledger import Entry
 from fedpeft.metrics import Score
 from fedpeft.strategy import Messages
 from fedpeft.tree import Tree
@@ -30,13 +30,13 @@ class Partial:
     """The replies of several clients to a linear strategy, checked and averaged by weight.
 
     replies: one row that stands for all of them, as ``fedpeft.intake.average`` makes it; no row
-    where none was valid. clients: how many it stands for. up: bytes delivered by kind, refused
-    replies included. excluded: client -> why its training failed or its reply was refused.
+    where none was valid. clients: how many it stands for. up: what was delivered, refused replies
+    included. excluded: client -> why its training failed or its reply was refused.
     """
 
     replies: Messages
     clients: int
-    up: Bytes
+    up: tuple[Entry, ...]
     excluded: Mapping[str, str]
 
 

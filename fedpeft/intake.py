@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fedpeft.comms.ledger import Bytes, stack_bytes
+from fedpeft.comms.ledger import Entry, entries
 from fedpeft.errors import ReplyError
 from fedpeft.federation import Failure, Partial
 from fedpeft.strategy import Messages, Replies
@@ -25,14 +25,14 @@ class Intake:
 
     like: client -> the trees that its reply must hold, unstacked. weights: client -> its
     registered weight.
-    excluded, up: as in RoundReport. replied: clients whose replies were valid. loss_sum,
+    excluded: as in RoundReport. entries: what was delivered. replied: clients whose replies were valid. loss_sum,
     weight_sum: of their losses times weights, and of the weights of those that told a loss.
     """
 
     like: Mapping[str, Mapping[str, Tree]]
     weights: Mapping[str, float]
     excluded: dict[str, str] = field(default_factory=dict)
-    up: Bytes = field(default_factory=dict)
+    entries: list[Entry] = field(default_factory=list)
     replied: int = 0
     loss_sum: float = 0.0
     weight_sum: float = 0.0
@@ -44,16 +44,15 @@ class Intake:
                 self.excluded[reply.client] = reply.reason
                 continue
             if isinstance(reply, Partial):
-                good, clients, up = reply.replies, reply.clients, reply.up
+                good, clients, came = reply.replies, reply.clients, reply.up
                 self.excluded.update(reply.excluded)
             else:
-                up = stack_bytes(reply)
+                came = tuple(entries(reply))
                 like = self.like.get(reply.clients[0]) or next(iter(self.like.values()))
                 good, reasons = check_stack(reply, like, self.weights)
                 clients = len(good)
                 self.excluded.update(reasons)
-            for kind, size in up.items():
-                self.up[kind] = self.up.get(kind, 0) + size
+            self.entries.extend(came)
             if len(good):
                 self._count(good, clients)
                 yield good
@@ -82,7 +81,7 @@ class Intake:
     def partial(self, replies: Iterable[Messages | Failure], name: str) -> Partial:
         """All of ``replies``, taken in and averaged into one row called ``name``."""
         mean = average(self.stream(replies), name)
-        return Partial(mean, self.replied, self.up, self.excluded)
+        return Partial(mean, self.replied, tuple(self.entries), self.excluded)
 
 
 def average(replies: Replies, name: str) -> Messages:

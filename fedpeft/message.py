@@ -126,6 +126,13 @@ class Messages:
             {name: v[k] for name, v in self.blobs.items()},
         )
 
+    def travelling(self, k: int) -> Message:
+        """The message of client ``k`` as it is sent: with a payload in place of coded trees."""
+        one = self[k]
+        if self.coded is None:
+            return one
+        return Message({}, one.scalars, {**one.blobs, PAYLOAD: self.coded.payload(k)})
+
     def rows(self, index: Sequence[int]) -> Messages:
         """The messages of the clients at ``index``; views where the index is a plain range."""
         at = list(index)

@@ -23,7 +23,9 @@ from fedpeft.cohort.federation import CohortFederation, Settings
 from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.lanes import Lane, LoopLane, speed_up
 from fedpeft.cohort.self_check import check_per_example
-from fedpeft.config import Local, Privacy, Recipe, SecureAggregation
+from fedpeft.comms.downlink import Downlink
+from fedpeft.comms.uplink import Uplink, uplink_of
+from fedpeft.config import Comms, Local, Privacy, Recipe, SecureAggregation
 from fedpeft.data.build import build_population, pool
 from fedpeft.data.clients import ClientData, Clients, Population
 from fedpeft.data.poison import poison
@@ -73,6 +75,8 @@ class Prepared:
     def post(self) -> Chain:
         """What is done to messages beside the algorithm."""
         recipe, found = self.recipe, list[Postprocessor]()
+        if self.downlink is not None:
+            found.append(self.downlink)
         if self.terms is not None:
             found.append(self.terms.mechanism)
         if recipe.secure_aggregation.enabled and recipe.privacy.unit != "client":
@@ -83,7 +87,27 @@ class Prepared:
         if recipe.attack.kind != "none":
             bad = attackers(recipe.attack, self.population.clients.names, recipe.seed)
             found.append(Attackers(recipe.attack, bad, recipe.seed))
+        if self.uplink is not None:
+            found.append(self.uplink)
         return Chain(tuple(found))
+
+    @cached_property
+    def downlink(self) -> Downlink | None:
+        """What makes smaller what clients are sent, if anything does."""
+        recipe = self.recipe
+        if recipe.comms.down.codec == "none":
+            return None
+        return Downlink(recipe.comms.down, recipe.seed, self.network.digest)
+
+    @cached_property
+    def uplink(self) -> Uplink | None:
+        """What makes clients' replies smaller, if anything does."""
+        return uplink_of(self.recipe, self.network.digest)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether clients keep anything between rounds."""
+        return self.strategy.remembers or self.strategy.keeps or self.post.remembers
 
     @property
     def level(self) -> ClientLevel | None:
@@ -345,6 +369,7 @@ def as_baseline(prepared: Prepared, name: str) -> Prepared:
         engine=engine,
         privacy=Privacy(),
         secure_aggregation=SecureAggregation(),
+        comms=Comms(),
         robust=Robust(),
         attack=Attack(),
     )

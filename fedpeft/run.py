@@ -237,6 +237,11 @@ class _Job:
                 "seconds": report.seconds,
             },
         )
+        books = {
+            way: [{"clients": entry.clients, "each": entry.each} for entry in own]
+            for way, own in (("down", report.sent), ("up", report.came))
+        }
+        self.folder.metrics.append("bytes", report.round, books)
         if measured is not None:
             fields = {"scope": "test", "score": measured.as_dict()}
             self.folder.metrics.append("evaluation", report.round, fields)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
+from fedpeft.comms.ledger import Entry
 from fedpeft.config import SecureAggregation
 from fedpeft.federation import Failure, Federation, Partial
 from fedpeft.metrics import Score
@@ -94,7 +95,8 @@ class SecureFederation:
             words += vectors.encode(reply).sum(axis=0, dtype=vectors.fixed.dtype)
             count += len(reply)
         mean = vectors.mean(words, count)
-        return Partial(mean, count, {"masked": count * words.nbytes}, excluded)
+        there = tuple(name for reply in replies for name in reply.clients)
+        return Partial(mean, count, (Entry(there, {"masked": words.nbytes}),), excluded)
 
     def evaluate(self, round: int, *stacks: Messages) -> Iterator[dict[str, Score] | Failure]:
         """As of ``inner``: scores are not summed."""

@@ -15,4 +15,3 @@ class Memory:
 
     def remember(self, name: str, value: Tree) -> None:
         self.trees[name] = {key: tensor.clone() for key, tensor in value.items()}
-

@@ -73,8 +73,8 @@ def test_parts_give_the_books_of_the_whole() -> None:
     assert [len(row) for row in rows] == [1, 1] and [p.clients for p in partials] == [1, 2, 0]
     assert coordinator.excluded == whole.excluded and set(whole.excluded) == {"c3", "c4", "c5"}
     assert (
-        coordinator.up
-        == whole.up
+        totals(coordinator.entries)
+        == totals(whole.entries)
         == {kind: size * 5 for kind, size in stack_bytes(replies(["c0"])).items()}
     )
     assert coordinator.replied == whole.replied == 3

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedpeft.comms.ledger import totals
 from fedpeft.config import Rounds, SecureAggregation
 from fedpeft.engine import play_round
 from fedpeft.errors import QuorumError
@@ -21,8 +22,8 @@ from fedpeft.privacy.randomness import Randomness
 from fedpeft.secagg.fixed import FixedPoint
 from fedpeft.secure import SecureFederation, Vectors
 from fedpeft.tree import Tree
-from tests.privacy.federated import flat, play, prepared_of, recipe_of
 from tests.kept import Memory
+from tests.privacy.federated import flat, play, prepared_of, recipe_of
 
 P = 6
 NAMES = ("a", "b", "c", "d")
@@ -85,7 +86,7 @@ def test_the_sum_is_that_of_the_protocols_integers() -> None:
     wanted = np.rint(clipped.astype(np.float32).astype(np.float64) * scale).sum(0) / scale / 4
     assert np.abs(found.replies.trees["t"]["x"][0].numpy() - wanted).max() < 1e-6
     assert float(found.replies.scalars["weight"][0]) == pytest.approx(4.0, rel=1e-9)
-    assert found.up == {"masked": 4 * 8 * (P + 1)}
+    assert totals(found.up) == {"masked": 4 * 8 * (P + 1)}
 
 
 def test_only_one_row_comes_out_and_no_clients_name() -> None:
@@ -116,7 +117,7 @@ def test_the_count_of_clients_below_the_bound_is_summed_too() -> None:
     [found] = SecureFederation(Fake(ROWS, own), SETTINGS, own, True).run(1, told)
     assert isinstance(found, Partial)
     assert float(found.replies.scalars[BELOW][0]) == pytest.approx(below / 4, abs=1e-9)
-    assert found.up == {"masked": 4 * 8 * (P + 2)}
+    assert totals(found.up) == {"masked": 4 * 8 * (P + 2)}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_too_few_are_no_sum(fail: tuple[str, ...], threshold: float, sums: bool)
 def test_single_replies_are_asked_of_the_federation_behind() -> None:
     class Sums(Fake):
         def run(self, round: int, *stacks: Messages) -> Iterator[Messages | Failure | Partial]:
-            yield Partial(stacks[0], 4, {}, {})
+            yield Partial(stacks[0], 4, (), {})
 
     own = level()
     with pytest.raises(TypeError, match="must give single replies"):

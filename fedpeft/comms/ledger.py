@@ -18,8 +18,8 @@ from functools import cache
 import numpy as np
 import torch
 
-from fedpeft.model import kind_of
 from fedpeft.message import PAYLOAD, Message, Messages
+from fedpeft.model import kind_of
 
 Bytes = dict[str, int]
 """Bytes by kind: ``adapter``, ``head``, ``base``, ``scalar``, ``blob``.
@@ -27,6 +27,22 @@ Bytes = dict[str, int]
 Where a codec was at work also ``index`` and ``mask`` (which numbers were kept), ``scale``, ``seed``,
 ``schema`` (names and shapes, once per client) and ``header``.
 """
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What each of these clients was sent, or sent, in an exchange: bytes by kind."""
+
+    clients: tuple[str, ...]
+    each: Bytes
+
+
+def totals(entries: Iterable[Entry]) -> Bytes:
+    """Bytes of all entries by kind."""
+    found: Counter[str] = Counter()
+    for entry in entries:
+        found.update({kind: size * len(entry.clients) for kind, size in entry.each.items()})
+    return dict(found)
 
 
 @cache
@@ -56,30 +72,36 @@ def message_bytes(message: Message) -> Bytes:
     return dict(found)
 
 
-def stack_bytes(messages: Messages) -> Bytes:
-    """Bytes of all messages of a stack by kind; trees that a codec was at are as long as it says."""
+def entries(messages: Messages) -> list[Entry]:
+    """What the messages of a stack cost, clients of equal messages together.
+
+    Trees that a codec was at are as long as it says.
+    """
     if not len(messages):
-        return {}
-    found: Counter[str] = Counter()
+        return []
     coded = messages.coded
-    bare = messages if coded is None else replace(messages, trees={}, coded=None)
-    for kind, size in message_bytes(bare[0]).items():
-        found[kind] = size * len(messages)
+    bare = replace(messages, trees={} if coded else messages.trees, coded=None, blobs={})
+    common = Counter(message_bytes(bare[0]))
+    sizes: dict[str, list[int]] = {}
     if messages.blobs:  # may differ in length from client to client
-        names = sum(len(name) for name in messages.blobs) * len(messages)
-        found["blob"] = names + sum(len(b) for own in messages.blobs.values() for b in own)
+        names = sum(len(name) for name in messages.blobs)
+        whole = zip(*messages.blobs.values(), strict=True)
+        sizes["blob"] = [names + sum(len(blob) for blob in own) for own in whole]
     if coded is not None:
-        found["header"] += len(PAYLOAD) * len(messages)
-        found.update({kind: int(each.sum()) for kind, each in coded.sizes().items()})
-    return dict(found)
+        common["header"] += len(PAYLOAD)
+        sizes |= {kind: length.tolist() for kind, length in coded.sizes().items()}
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for k, name in enumerate(messages.clients):
+        alike.setdefault(tuple(length[k] for length in sizes.values()), []).append(name)
+    return [
+        Entry(tuple(clients), dict(common + Counter(dict(zip(sizes, own, strict=True)))))
+        for own, clients in alike.items()
+    ]
 
 
-def total_bytes(stacks: Iterable[Messages]) -> Bytes:
-    """Bytes of several stacks by kind."""
-    found: Counter[str] = Counter()
-    for messages in stacks:
-        found.update(stack_bytes(messages))
-    return dict(found)
+def stack_bytes(messages: Messages) -> Bytes:
+    """Bytes of all messages of a stack by kind."""
+    return totals(entries(messages))
 
 
 @dataclass

@@ -71,7 +71,7 @@ class Part:
         sizes = [math.prod(shape) for shape in self.shapes]
         found: dict[str, Tree] = {}
         for entry, values in zip(self.entries, rows.split(sizes, dim=1), strict=True):
-            found.setdefault(entry.tree, {})[entry.name] = values.reshape(-1, *entry.shape)
+            found.setdefault(entry.tree, {})[entry.name] = values.reshape(len(rows), *entry.shape)
         return found
 
 

@@ -21,11 +21,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedpeft.codecs import Codec, codec_id, encode, feeds_back
+from fedpeft.codecs import encode, wire
+from fedpeft.codecs.settings import Codec, feeds_back
 from fedpeft.codecs.wire import Header
-from fedpeft.comms.payloads import Payloads, read
+from fedpeft.comms.payloads import SLACK, Payloads, booked, read
 from fedpeft.comms.schema import Schema, applied, found, start
-from fedpeft.message import Messages
+from fedpeft.config import Comms, Recipe
+from fedpeft.errors import PayloadError
+from fedpeft.message import PAYLOAD, Message, Messages
 from fedpeft.postprocess import Kept, Postprocessor
 from fedpeft.streams import derive
 from fedpeft.tree import Tree, finite_rows, row
@@ -71,17 +74,30 @@ class Uplink(Postprocessor):
         exact = schema.untouched(reply.trees)
         spoilt = [rows.masked_fill(faulty.to(rows.device), math.nan) for rows in restored]
         trees = applied(schema, spoilt, before, exact)
-        header = Header(codec_id(self.codec), kept.round, self.base, schema.digest)
+        header = Header(self.codec.codec, self.base, schema.digest, round=kept.round)
         return replace(reply, trees=trees, coded=Payloads(header, schema, symbols, exact))
 
-    def read(self, payload: bytes, sent: Messages, like: Mapping[str, Tree], round: int) -> Messages:
-        """One client's trees, stacked, from its payload; sent: what it was sent, one row.
+    def read(
+        self, reply: Message, sent: Messages, like: Mapping[str, Tree], round: int
+    ) -> Messages:
+        """On the server: one client's reply with its trees as they are in the payload, one row.
 
-        like: the trees that its reply must hold, unstacked. Raises PayloadError.
+        sent: what it was sent, one row. like: the trees that its reply must hold, unstacked. Raises
+        PayloadError for a reply without a payload, or with one that cannot be read.
         """
+        blobs = dict(reply.blobs)
+        payload = blobs.pop(PAYLOAD, None)
+        if payload is None or reply.trees:
+            raise PayloadError("the reply must hold a payload, and no other tensors")
         schema = Schema.of(like)
-        vectors, exact = read(self.codec, payload, schema, self.base, round)
-        return replace(sent, trees=applied(schema, vectors, self._before(sent), exact))
+        header, sections = wire.read(payload, 2 * schema.dense + SLACK)
+        wire.expect(
+            header, codec=self.codec.codec, base=self.base, schema=schema.digest, round=round
+        )
+        vectors, exact = read(self.codec, sections, schema)
+        trees = applied(schema, vectors, self._before(sent), exact)
+        one = Messages.stack(sent.clients, [Message({}, reply.scalars, blobs)])
+        return replace(one, trees=trees, coded=booked(schema, payload, sections))
 
     def _before(self, sent: Messages) -> Mapping[str, Tree]:
         """What updates are relative to, stacked."""
@@ -109,6 +125,20 @@ class Uplink(Postprocessor):
         labels = (round, schema.digest, number)
         seeds = [derive(self.seed, "uplink", client, *labels) for client in reply.clients]
         return torch.tensor(seeds, device=_device(reply))
+
+
+def uplink_of(recipe: Recipe, base: str) -> Uplink | None:
+    """The recipe's, if it has one; base: digest of the frozen base."""
+    if recipe.comms.up.codec == "none":
+        return None
+    bounded = recipe.privacy.unit == "client"
+    return Uplink(recipe.comms.up, recipe.seed, base, updates=bounded, individual=bounded)
+
+
+def keeps_for_codecs(comms: Comms) -> bool:
+    """Whether clients keep something between rounds for the sake of codecs."""
+    up = comms.up.codec != "none" and feeds_back(comms.up)
+    return up or comms.down.codec != "none"
 
 
 def _device(messages: Messages) -> torch.device:

@@ -28,14 +28,15 @@ from flwr.common.constant import ErrorCode
 from fedpeft import errors
 from fedpeft.config import Engine
 from fedpeft.config_load import parse_recipe
-from fedpeft.errors import FedpeftError
+from fedpeft.errors import FedpeftError, PayloadError
 from fedpeft.federation import Failure
 from fedpeft.flower.node import Node, charged, check_rules
 from fedpeft.flower.records import Header, decode, decode_tree, encode, encode_tree
 from fedpeft.flower.secure_client import answer_stage
+from fedpeft.message import PAYLOAD
 from fedpeft.prepare import Prepared, prepare
 from fedpeft.strategy import Message, Messages
-from fedpeft.tree import Tree
+from fedpeft.tree import Tree, finite_rows, row
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def _answer(
         own = _own_header(prepared, client, header)
         _check(header, own)
         node = Node(context.node_config, context.state, is_simulated)
+        request = _opened(prepared, request, node)
         reply = work(prepared, Messages.stack((client,), [request]), own, node)
         return FlowerMessage(encode(reply, own), reply_to=message)
     except Exception as error:  # one faulty client costs only itself
@@ -163,9 +165,26 @@ def _describe(prepared: Prepared, request: Messages, own: Header, node: Node) ->
     return Message(scalars={"examples": float(examples)})
 
 
+def _opened(prepared: Prepared, request: Message, node: Node) -> Message:
+    """The request with the trees that are in its payload, which the client keeps."""
+    blobs = dict(request.blobs)
+    payload = blobs.pop(PAYLOAD, None)
+    if payload is None:
+        return request
+    if prepared.downlink is None:
+        raise PayloadError("the request holds a payload, and the recipe names no comms.down.codec")
+    trees, kept = prepared.downlink.read(payload, recall(node.state))
+    remember(node.state, kept)
+    whole = {tree: row(tensors, 0) for tree, tensors in trees.items()}
+    return Message(whole, request.scalars, blobs)
+
+
 def _train(prepared: Prepared, request: Messages, own: Header, node: Node) -> Message:
     check_rules(node, prepared, secure=False)
-    return _trained(prepared, request, own, node)[0]
+    reply = _trained(prepared, request, own, node)
+    if reply.coded is not None and not all(bool(finite_rows(t)) for t in reply.trees.values() if t):
+        raise _ClientError("NaN or Inf in what was trained: it cannot be encoded")
+    return reply.travelling(0)
 
 
 def _train_securely(prepared: Prepared, request: Messages, own: Header, node: Node) -> Message:

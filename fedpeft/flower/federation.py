@@ -12,14 +12,16 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from flwr.app import Message as FlowerMessage
 from flwr.app import MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from fedpeft.comms.uplink import Uplink, keeps_for_codecs, uplink_of
 from fedpeft.config import Recipe
 from fedpeft.config_load import dump_recipe, load_strategy
-from fedpeft.errors import FedpeftError, ReplyError
+from fedpeft.errors import FedpeftError, PayloadError, ReplyError
 from fedpeft.federation import Failure
 from fedpeft.flower.records import Header, decode, encode, encode_stack
 from fedpeft.metrics import Score
@@ -66,8 +68,9 @@ class FlowerFederation:
     ) -> None:
         self._grid = grid
         self._recipe = dump_recipe(recipe)
-        strategy = load_strategy(recipe)
-        self._keeps = strategy.remembers or strategy.keeps
+        self._strategy = strategy = load_strategy(recipe)
+        self._uplink = partial(uplink_of, recipe)
+        self._keeps = strategy.remembers or strategy.keeps or keeps_for_codecs(recipe.comms)
         self._nodes = nodes
         self._digests = digests
         self._patience = patience or Patience()
@@ -92,6 +95,10 @@ class FlowerFederation:
         """Sends each client's node its message; replies of equal schema come in stacks."""
         self.begin(round)
         outcomes = self.ask(MessageType.TRAIN, round, stacks)
+        base = "" if self._digests is None else self._digests.base
+        if (uplink := self._uplink(base)) is not None:
+            yield from self._opened(uplink, round, stacks, outcomes)
+            return
         for schema, group in itertools.groupby(outcomes, key=lambda pair: _schema(pair[1])):
             if schema is None:
                 yield from (failure for _, failure in group if isinstance(failure, Failure))
@@ -99,6 +106,25 @@ class FlowerFederation:
             while part := list(itertools.islice(group, STACK)):
                 names, replies = zip(*part, strict=True)
                 yield Messages.stack(names, replies)
+
+    def _opened(
+        self,
+        uplink: Uplink,
+        round: int,
+        stacks: Sequence[Messages],
+        outcomes: Iterable[tuple[str, Message | Failure]],
+    ) -> Iterator[Messages | Failure]:
+        """The replies with the trees that are in their payloads, one by one."""
+        sent = {name: stack.rows([k]) for stack in stacks for k, name in enumerate(stack.clients)}
+        for client, outcome in outcomes:
+            if isinstance(outcome, Failure):
+                yield outcome
+                continue
+            try:
+                like = self._strategy.expects(sent[client][0])
+                yield uplink.read(outcome, sent[client], like, round)
+            except PayloadError as error:
+                yield Failure(client, str(error))
 
     def evaluate(self, round: int, *stacks: Messages) -> Iterator[dict[str, Score] | Failure]:
         """The nodes' own scores on their hold-outs, client by client."""

@@ -68,11 +68,11 @@ def encode_stack(messages: Messages, headers: Sequence[Header]) -> list[RecordDi
     same = {
         name: encode_tree(trees.row(tree, 0))
         for name, tree in messages.trees.items()
-        if all(tensor.stride(0) == 0 for tensor in tree.values())
+        if messages.coded is None and all(tensor.stride(0) == 0 for tensor in tree.values())
     }
     found = []
     for k, header in enumerate(headers):
-        one = messages[k]
+        one = messages.travelling(k)
         own = {n: same[n] if n in same else encode_tree(t) for n, t in one.trees.items()}
         found.append(_records(own, one, header))
     return found

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from fedpeft.comms.ledger import Bytes, message_bytes
+from fedpeft.comms.ledger import Bytes, Entry, message_bytes
 from fedpeft.errors import FedpeftError, QuorumError
 from fedpeft.federation import Failure, Federation, Partial
 from fedpeft.flower.federation import FlowerFederation
@@ -90,7 +90,8 @@ class SecureFlowerFederation:
         total = play.session.total()
         excluded = {n: why for n, why in play.reasons().items() if n not in total.survivors}
         mean = self._rules.summed(stacks[0]).mean(total.values)
-        yield Partial(mean, len(total.survivors), play.up, excluded)
+        up = tuple(Entry((name,), each) for name, each in play.up.items())
+        yield Partial(mean, len(total.survivors), up, excluded)
 
     def evaluate(self, round: int, *stacks: Messages) -> Iterator[dict[str, Score] | Failure]:
         """As of ``inner``: scores are not summed."""
@@ -106,13 +107,13 @@ class SecureFlowerFederation:
 
 
 class _Play:
-    """One exchange's session over the grid. up: bytes of answers, by kind."""
+    """One exchange's session over the grid. up: client -> bytes of its answers, by kind."""
 
     def __init__(
         self, inner: FlowerFederation, session: Session, round: int, stacks: Sequence[Messages]
     ) -> None:
         self.session = session
-        self.up: Bytes = {}
+        self.up: dict[str, Bytes] = {}
         self._inner = inner
         self._round = round
         self._stacks = stacks
@@ -124,7 +125,9 @@ class _Play:
         while self.session.stage is not Stage.DONE:
             where = f"stage {self.session.stage.value}"
             for client, outcome in self._inner.ask(SECURE, self._round, self._requests()):
-                answer = outcome.reason if isinstance(outcome, Failure) else self._blob(outcome)
+                answer = (
+                    outcome.reason if isinstance(outcome, Failure) else self._blob(client, outcome)
+                )
                 if isinstance(answer, bytes):
                     self.session.receive(client, answer)
                 else:
@@ -148,10 +151,11 @@ class _Play:
             found.append(replace(here, blobs={**here.blobs, BLOB: own}))
         return [stack for stack in found if len(stack)]
 
-    def _blob(self, reply: Message) -> bytes | str:
+    def _blob(self, client: str, reply: Message) -> bytes | str:
         """The answer in a reply, which is counted; or what is wrong with it."""
         kind = "masked" if self.session.stage is Stage.MASK else "secagg"
-        self.up[kind] = self.up.get(kind, 0) + sum(message_bytes(reply).values())
+        own = self.up.setdefault(client, {})
+        own[kind] = own.get(kind, 0) + sum(message_bytes(reply).values())
         if reply.trees or reply.scalars or set(reply.blobs) != {BLOB}:
             return f"the reply must hold the blob {BLOB!r} and nothing else"
         return reply.blobs[BLOB]

@@ -6,6 +6,8 @@ before the first, null for what belongs to the whole run and is written at its e
 - ``round``: ``clients``, how many were sampled; ``replies``, how many are in the aggregate;
   ``failures``, a list of ``{client, reason}``; ``loss``, the replies' mean training loss in nats;
   ``bytes_down``, ``bytes_up``, of all clients together, by kind; ``seconds``.
+- ``bytes``: ``down``, ``up``: the same by client, a list of ``{clients, each}``: what each of these
+  clients was sent, or sent, in one exchange, by kind.
 - ``evaluation``: ``scope``, ``test`` (the global test set) or ``clients`` (every client's
   hold-out); ``score``, for ``test`` ``{items, loss, accuracy, macro_f1, perplexity}``, for
   ``clients`` these by client name.
@@ -31,12 +33,13 @@ from fedpeft.record.files import failed_write, replace
 
 SCHEMA = 1
 
-Kind = Literal["round", "evaluation", "baseline", "summary", "note"]
+Kind = Literal["round", "bytes", "evaluation", "baseline", "summary", "note"]
 
 _REQUIRED: Mapping[str, frozenset[str]] = {
     "round": frozenset(
         {"clients", "replies", "failures", "loss", "bytes_down", "bytes_up", "seconds"}
     ),
+    "bytes": frozenset({"down", "up"}),
     "evaluation": frozenset({"scope", "score"}),
     "baseline": frozenset({"name", "score"}),
     "summary": frozenset({"rows"}),

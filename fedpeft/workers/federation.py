@@ -45,7 +45,7 @@ class WorkersFederation:
         self, prepared: Prepared, pool: Pool, on_chunk: Callable[[int, int], None] | None = None
     ) -> None:
         self._pool = pool
-        self._keeps = prepared.strategy.remembers or prepared.strategy.keeps
+        self._keeps = prepared.remembers
         self._own = prepared.federation()
         self._on_chunk = on_chunk
         self._memory: Memory = {}

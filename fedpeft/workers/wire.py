@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpeft.comms.payloads import Counted
 from fedpeft.strategy import Messages
 from fedpeft.tree import Tree, broadcast, row, shared
 
@@ -54,24 +55,27 @@ def _unpack(array: Array) -> Tensor:
 
 @dataclass(frozen=True)
 class Parcel:
-    """Messages as arrays."""
+    """Messages as arrays; of payloads of a codec, their lengths."""
 
     clients: tuple[str, ...]
     trees: dict[str, Arrays]
     scalars: Arrays
     blobs: dict[str, tuple[bytes, ...]]
+    coded: Arrays | None = None
 
 
 def pack_messages(messages: Messages) -> Parcel:
     """Messages as arrays."""
     trees = {part: pack(tree) for part, tree in messages.trees.items()}
-    return Parcel(messages.clients, trees, pack(messages.scalars), dict(messages.blobs))
+    coded = None if messages.coded is None else pack(messages.coded.sizes())
+    return Parcel(messages.clients, trees, pack(messages.scalars), dict(messages.blobs), coded)
 
 
 def unpack_messages(parcel: Parcel) -> Messages:
     """The messages that ``pack_messages`` was given."""
     trees = {part: unpack(arrays) for part, arrays in parcel.trees.items()}
-    return Messages(parcel.clients, trees, unpack(parcel.scalars), parcel.blobs)
+    coded = None if parcel.coded is None else Counted(unpack(parcel.coded))
+    return Messages(parcel.clients, trees, unpack(parcel.scalars), parcel.blobs, coded)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from fedpeft.cohort.federation import CohortFederation
-from fedpeft.comms.ledger import Bytes
+from fedpeft.comms.ledger import Entry
 from fedpeft.config import Recipe
 from fedpeft.engine import intake_of
 from fedpeft.errors import FedpeftError
@@ -75,7 +75,7 @@ class Averaged:
 
     replies: Parcel
     clients: int
-    up: Bytes
+    up: tuple[Entry, ...]
     excluded: Mapping[str, str]
 
 
@@ -118,8 +118,8 @@ class Worker:
             items.extend(federation.evaluate_test(task.round, task.index, messages))
         else:
             items.extend(_train(prepared, federation, task, messages))
-        keeps = prepared.strategy.remembers or prepared.strategy.keeps
-        return Done(items, pack_memory(federation.memory()) if keeps else {})
+        kept = pack_memory(federation.memory()) if prepared.remembers else {}
+        return Done(items, kept)
 
     def _own(self) -> tuple[Prepared, CohortFederation]:
         if self._prepared is None:

@@ -244,7 +244,7 @@ def test_a_strategy_with_more_than_an_adapter_is_refused() -> None:
 def test_a_federation_that_averages_replies_is_refused() -> None:
     class Averages(Spy):
         def run(self, round: int, messages: Messages) -> Iterator[Messages | Failure | Partial]:
-            yield Partial(messages.rows([0]), 2, {}, {})
+            yield Partial(messages.rows([0]), 2, (), {})
 
     grid = CohortGrid(Averages({"a": 1, "b": 2}))
     with pytest.raises(FedpeftError, match=r"want each client's own: use a CohortFederation"):

@@ -140,7 +140,9 @@ def test_all_clients_must_be_sent_the_same() -> None:
 def test_local_noise_is_twice_the_bound_for_each_client() -> None:
     """2 z S: an update is replaced by any other, not taken away."""
     own, sent = level(2.0, "client"), sent_to(2000)
-    left = own.leave(sent, sent.reply(tree(START.expand(2000, P)), weight=torch.ones(2000)), Memory())
+    left = own.leave(
+        sent, sent.reply(tree(START.expand(2000, P)), weight=torch.ones(2000)), Memory()
+    )
     noise = torch.cat([left.trees["adapter"][n].flatten(1) for n in "ab"], dim=1)
     assert float(noise.std()) == pytest.approx(2 * 2.0 * S, rel=0.02)
     off = np.corrcoef(noise.numpy()[:100]) - np.eye(100)

@@ -1,0 +1,48 @@
+"""What a recipe's communication may be."""
+
+from __future__ import annotations
+
+import re
+
+from fedpeft.codecs.settings import Codec, check_codec
+from fedpeft.config import Comms, Recipe
+from fedpeft.errors import FedpeftError
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{letter}i": 2 ** (10 * n) for n, letter in enumerate("KMGT", start=1)}
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?|[KMGT]i)B")
+
+
+def budget_of(comms: Comms) -> int:
+    """The bytes that a run may send in all; 0 for no bound.
+
+    Raises FedpeftError for a text that is no number of bytes.
+    """
+    if not comms.budget:
+        return 0
+    found = _BUDGET.fullmatch(comms.budget.strip())
+    size = round(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if size < 1:
+        raise FedpeftError(
+            f"comms.budget={comms.budget!r} must be a number and B, kB, MB, GB, TB, KiB, MiB, GiB "
+            f"or TiB, as 50 MB: above 0."
+        )
+    return size
+
+
+def check_comms(recipe: Recipe) -> None:
+    """Raises FedpeftError that names the settings which are out of range or do not go together."""
+    up, down = recipe.comms.up, recipe.comms.down
+    check_codec(up, "comms.up")
+    check_codec(down, "comms.down")
+    budget_of(recipe.comms)
+    if up.of != Codec.of:
+        raise FedpeftError(
+            f"comms.up.of={up.of}: only what clients are sent can be coded as weights; of what "
+            f"they reply it is the update. Leave comms.up.of out."
+        )
+    if down.feedback != Codec.feedback:
+        raise FedpeftError(
+            f"comms.down.feedback={down.feedback}: what a change leaves out is in the next one "
+            f"anyway, which goes from what clients hold. Leave comms.down.feedback out."
+        )
