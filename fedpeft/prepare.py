@@ -97,7 +97,8 @@ class Prepared:
         recipe = self.recipe
         if recipe.comms.down.codec == "none":
             return None
-        return Downlink(recipe.comms.down, recipe.seed, self.network.digest)
+        network = self.network
+        return Downlink(recipe.comms.down, recipe.seed, network.digest, network.initial)
 
     @cached_property
     def uplink(self) -> Uplink | None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
 import torch
 
 from fedpeft.codecs import encode, wire
@@ -50,7 +51,7 @@ Memory = dict[str, Tree]
 class Held:
     """Of one schema, what clients hold.
 
-    version: the newest, from 1. trees: its, unstacked. clients: client -> version it holds. past:
+    version: the newest; 0 is what clients have by themselves. trees: its, unstacked. clients: client -> version it holds. past:
     version -> the payload that leads to it from the one before, as far back as the way along them
     is shorter than the whole.
     """
@@ -82,12 +83,14 @@ class _Asked:
 class Downlink(Postprocessor):
     """The codec of what clients are sent. It comes first of all that is done on the server.
 
-    base: digest of the frozen base. For strategies that send all clients of a group the same.
+    base: digest of the frozen base. initial: every trainable tensor as initialised, which clients
+    have by themselves: version 0. For strategies that send all clients of a group the same.
     """
 
     codec: Codec
     seed: int
     base: str
+    initial: Tree
     remembers: bool = field(default=True, init=False)
     held: dict[str, Held] = field(default_factory=dict, init=False)
     waiting: list[_Asked] = field(default_factory=list, init=False)
@@ -173,6 +176,9 @@ class Downlink(Postprocessor):
             raise PayloadError("payload: it says not what it holds, and this client does not know")
         known = bytes(before[SCHEMA].tolist()) if before is not None else b""
         schema = Schema.parse(known if text is None else text.tobytes())
+        if not header.reference:  # it introduces the schema
+            kept = {VERSION: torch.tensor(0), SCHEMA: as_bytes(schema.text)}
+            return {}, name, kept | flat(self._start(schema))
         whole, start_of = bool(header.flags & wire.FLAG_WEIGHTS), dict[str, Tree]()
         if not whole:
             if before is None or int(before[VERSION]) != header.reference - 1:
@@ -198,9 +204,10 @@ class Downlink(Postprocessor):
         if self.codec.of == "weights":
             coded, trees = self._coded(self.codec, schema, wanted, {}, version)
             return Held(version, trees, before.clients, {})
-        if not before.version:
+        start_of = before.trees if before.version else self._start(schema)
+        if not before.version and _gap(wanted, start_of):
             return Held(version, wanted, {}, {})
-        coded, trees = self._coded(self.codec, schema, wanted, before.trees, version)
+        coded, trees = self._coded(self.codec, schema, wanted, start_of, version)
         past = {**before.past, version: coded.payload(0)}
         return Held(version, trees, before.clients, _short(past, schema.dense))
 
@@ -236,18 +243,34 @@ class Downlink(Postprocessor):
         options: list[Way] = [Way(sum_of(one.sizes()), partial(one.payload, 0)) for one in wholes]
         least = sum(options[0].sizes.values())
         places: dict[int, int] = {}
-        for client in clients:
-            at = own.clients.get(client, 0)
-            if at in places:
-                continue
-            steps = [own.past.get(v) for v in range(at + 1, own.version + 1)]
-            whole = [step for step in steps if step is not None]
+        for at in sorted({own.clients.get(client, 0) for client in clients}):
             places[at] = 0 if at else 1
-            if at and len(whole) == len(steps) and 0 < sum(map(len, whole)) < least:
+            steps = [own.past.get(version) for version in range(at + 1, own.version + 1)]
+            along = [step for step in steps if step is not None]
+            if len(along) < len(steps):
+                continue
+            if not at:
+                along.insert(0, self._introduction(schema))
+            if sum(map(len, along)) < least:
                 places[at] = len(options)
-                options.append(Way(_cost(schema, whole), partial(b"".join, whole)))
+                options.append(Way(_cost(schema, along), partial(b"".join, along)))
         which = [places[own.clients.get(client, 0)] for client in clients]
         return Ways(tuple(options), torch.tensor(which))
+
+    def _start(self, schema: Schema) -> dict[str, Tree]:
+        """What clients have before anything was sent: tensors as initialised, else zeros."""
+        found: dict[str, Tree] = {}
+        for entry in schema.entries:
+            own = self.initial.get(entry.name)
+            if own is None or tuple(own.shape) != entry.shape:
+                own = torch.zeros(entry.shape)
+            found.setdefault(entry.tree, {})[entry.name] = own.cpu().to(entry.dtype)
+        return found
+
+    def _introduction(self, schema: Schema) -> bytes:
+        """The payload that tells who holds nothing what the others are about."""
+        header = Header("none", self.base, schema.digest)
+        return wire.write(header, {SCHEMA: np.frombuffer(schema.text, dtype=np.uint8)})
 
     @staticmethod
     def _check_alike(sent: Messages) -> None:
