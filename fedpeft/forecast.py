@@ -19,9 +19,10 @@ from fedpeft.cohort.clients import Memory
 from fedpeft.cohort.federation import client_weights
 from fedpeft.cohort.shelf import Shelf
 from fedpeft.comms.ledger import Bytes, Ledger
+from fedpeft.config_comms import budget_of
 from fedpeft.defence import Attackers, RobustRule
 from fedpeft.engine import Seam, play_round
-from fedpeft.errors import QuorumError
+from fedpeft.errors import FedpeftError, QuorumError
 from fedpeft.federation import Failure
 from fedpeft.metrics import Score
 from fedpeft.postprocess import Chain
@@ -37,14 +38,56 @@ AT_ONCE = 64
 class Forecast:
     """Bytes of all messages of a run.
 
-    down, up: by kind. rounds: both ways, round by round. exact: whether lengths are certain; else
-    they depend on what clients learn, or on secret draws of who takes part, and are typical.
+    down, up: by kind. rounds: both ways, round by round. requests, replies: how many messages.
+    dense: what so many messages with all trainable numbers as float32 would take, without names.
+    exact: whether lengths are certain; else they depend on what clients learn, or on secret draws
+    of who takes part, and are typical.
     """
 
     down: Bytes
     up: Bytes
     rounds: tuple[int, ...]
+    requests: int
+    replies: int
+    dense: int
     exact: bool
+
+
+class BytesSpentError(FedpeftError):
+    """The next round would go beyond ``comms.budget``."""
+
+
+@dataclass(frozen=True)
+class Purse:
+    """The bytes that a run may send: ``comms.budget``, and what each round will take of it."""
+
+    budget: int
+    rounds: tuple[int, ...]
+
+    @staticmethod
+    def of(prepared: Prepared) -> Purse | None:
+        """None without a budget. Raises BytesSpentError where it does not pay for one round."""
+        budget = budget_of(prepared.recipe.comms)
+        if not budget:
+            return None
+        purse = Purse(budget, forecast(prepared).rounds)
+        purse.check(1, 0)
+        return purse
+
+    def check(self, number: int, spent: int) -> None:
+        """Raises BytesSpentError where round ``number`` does not fit in what is left."""
+        need = self.rounds[min(number, len(self.rounds)) - 1] if self.rounds else 0
+        if spent + need > self.budget:
+            raise BytesSpentError(
+                f"round {number}: it would send {need:,} bytes, and {self.budget - spent:,} of "
+                f"comms.budget are left. "
+                + (
+                    "The adapter of the last round is kept."
+                    if number > 1
+                    else "Raise comms.budget, sample fewer clients, or set comms.up.codec and "
+                    "comms.down.codec."
+                )
+            )
 
 
 def forecast(prepared: Prepared) -> Forecast:
@@ -54,6 +97,7 @@ def forecast(prepared: Prepared) -> Forecast:
     links = [x for x in own.post.links if not isinstance(x, RobustRule | Attackers)]
     seam, federation = Seam(Chain(tuple(links))), own.secured(_Still(own))
     ledger, each, state = Ledger(), list[int](), strategy.init(own.problem)
+    requests = replies = 0
     for number in range(1, recipe.rounds.count + 1):
         try:
             state, report = play_round(
@@ -63,7 +107,11 @@ def forecast(prepared: Prepared) -> Forecast:
             break
         ledger.add(report.down, report.up)
         each.append(sum(report.down.values()) + sum(report.up.values()))
-    return Forecast(ledger.down, ledger.up, tuple(each), _exact(own))
+        requests += sum(len(entry.clients) for entry in report.sent)
+        replies += sum(len(entry.clients) for entry in report.came)
+    dense = 4 * own.network.layout.size * (requests + replies)
+    books = (ledger.down, ledger.up, tuple(each), requests, replies)
+    return Forecast(*books, dense, _exact(own))
 
 
 def _exact(prepared: Prepared) -> bool:
@@ -87,16 +135,16 @@ class _Still:
 
     def run(self, round: int, *stacks: Messages) -> Iterator[Messages]:
         """What the clients reply; those of a stack all reply like the first of them."""
-        for stack in stacks:
-            reply = self._reply(round, stack.rows([0]))
-            for part in stack.split(AT_ONCE):
+        for sent in stacks:
+            reply = self._reply(round, sent)
+            for part in sent.split(AT_ONCE):
                 same = reply.rows([0] * len(part))
                 sizes = [self.clients()[name] for name in part.clients]
                 weight = client_weights(sizes, self._prepared.recipe.rounds)
                 scalars = {**same.scalars, "weight": weight}
                 yield dataclasses.replace(same, clients=part.clients, scalars=scalars)
-            for name in stack.clients:
-                self._memory[name] = dict(self._memory.get(stack.clients[0], {}))
+            for name in sent.clients:
+                self._memory[name] = dict(self._memory.get(sent.clients[0], {}))
 
     def evaluate(self, round: int, *stacks: Messages) -> Iterator[dict[str, Score] | Failure]:
         """Nobody is measured."""
@@ -109,8 +157,10 @@ class _Still:
     def restore(self, memory: Mapping[str, Mapping[str, Tree]]) -> None:
         """Clients begin with nothing."""
 
-    def _reply(self, round: int, sent: Messages) -> Messages:
-        cohort = _Cohort(self._prepared, sent.clients, round, (self._memory, self._shelf))
+    def _reply(self, round: int, all_sent: Messages) -> Messages:
+        """The first client's; what it is given to keep is kept by all."""
+        sent, own = all_sent.rows([0]), (self._memory, self._shelf)
+        cohort = _Cohort(self._prepared, sent.clients, all_sent.clients, round, own)
         reply = self._prepared.strategy.train(sent, cohort)
         return self._prepared.settings.leaving.leave(sent, reply, cohort)
 
@@ -122,6 +172,7 @@ class _Cohort(Cohort):
         self,
         prepared: Prepared,
         clients: tuple[str, ...],
+        keepers: tuple[str, ...],
         round: int,
         own: tuple[Memory, Shelf],
     ) -> None:
@@ -129,6 +180,7 @@ class _Cohort(Cohort):
         self.weights = torch.ones(len(clients), dtype=torch.float64)
         self.initial = prepared.network.initial
         self.round = round
+        self._keepers = keepers
         self._layers = prepared.network.scaling
         self._weight = prepared.problem.weight
         self._memory, self._shelf = own
@@ -185,7 +237,7 @@ class _Cohort(Cohort):
             self._memory.setdefault(client, {})[name] = row(value, k)
 
     def keep(self, name: str, version: int, value: Tree) -> None:
-        self._shelf.keep(self.clients, name, version, value)
+        self._shelf.keep(self._keepers, name, version, value)
 
     def kept(self, name: str, since: int) -> tuple[int, Tree]:
         return self._shelf.kept(self.clients, name, since)

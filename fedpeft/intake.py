@@ -25,8 +25,9 @@ class Intake:
 
     like: client -> the trees that its reply must hold, unstacked. weights: client -> its
     registered weight.
-    excluded: as in RoundReport. entries: what was delivered. replied: clients whose replies were valid. loss_sum,
-    weight_sum: of their losses times weights, and of the weights of those that told a loss.
+    excluded: as in RoundReport. entries: what was delivered. replied: clients whose replies were
+    valid. loss_sum, weight_sum: of their losses times weights, and of the weights of those that
+    told a loss.
     """
 
     like: Mapping[str, Mapping[str, Tree]]

@@ -9,6 +9,7 @@ import numpy as np
 from fedpeft import quantize, sampling
 from fedpeft.cohort.chunk import MemoryEstimate, estimate
 from fedpeft.comms.ledger import Bytes, message_bytes, stack_bytes
+from fedpeft.forecast import Forecast, forecast
 from fedpeft.model import kind_of
 from fedpeft.prepare import Prepared
 from fedpeft.privacy.outlook import outlook
@@ -28,6 +29,7 @@ class Plan:
     trainable: parameters by kind; frozen: of the base. down, up: bytes per client and round by
     kind. tokens: expected per round (SOME clients'). memory: estimate per client of a chunk, in
     bytes. workers: processes with a chunk each (of Flower's engine: 1). privacy: what it asks for.
+    sends: the bytes of the whole run, where they were asked for.
     """
 
     strategy: str
@@ -50,10 +52,11 @@ class Plan:
     tokens: int
     memory: MemoryEstimate
     privacy: dict[str, str] = field(default_factory=dict)
+    sends: Forecast | None = None
 
 
-def make_plan(prepared: Prepared) -> Plan:
-    """The plan of a prepared run."""
+def make_plan(prepared: Prepared, sends: bool = False) -> Plan:
+    """The plan of a prepared run. sends: also of its messages, all rounds of which are played."""
     recipe, network, population = prepared.recipe, prepared.network, prepared.population
     names = prepared.problem.clients
     sent = prepared.strategy.send(prepared.strategy.init(prepared.problem), 1, names[:1])
@@ -91,6 +94,7 @@ def make_plan(prepared: Prepared) -> Plan:
         tokens=round(tokens),
         memory=estimate(network, prepared.gradients, prepared.workers),
         privacy=_privacy(prepared, sizes, sum(numel(tree) for tree in reply.values())),
+        sends=forecast(prepared) if sends else None,
     )
 
 

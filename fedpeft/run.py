@@ -23,6 +23,7 @@ from fedpeft.errors import FedpeftError, QuorumError
 from fedpeft.evaluate import score
 from fedpeft.events import Outcome, Summary, Watcher
 from fedpeft.federation import Federation
+from fedpeft.forecast import BytesSpentError, Purse
 from fedpeft.metrics import Score
 from fedpeft.model import save_adapter
 from fedpeft.plan import make_plan
@@ -41,12 +42,13 @@ def run(recipe: Recipe, watcher: Watcher) -> Summary:
     """
     RunFolder.check(Path(recipe.output.folder), recipe.output.overwrite)
     prepared = prepare(recipe)
+    purse = Purse.of(prepared)
     folder = RunFolder.create(Path(recipe.output.folder), recipe.output.overwrite)
     folder.describe(dump_recipe(prepared.resolved()), prepared.population.fingerprint)
     state = prepared.strategy.init(prepared.problem)
     extra = _extra(Ledger(), 0, 0, 0.0) | {"base": prepared.network.digest}
     with guarded(prepared, folder) as guard:
-        job = _Job(prepared, folder, watcher, Checkpoint(0, state, {}, extra), guard)
+        job = _Job(prepared, folder, watcher, Checkpoint(0, state, {}, extra), guard, purse)
         job.save()
         return job.go()
 
@@ -69,7 +71,7 @@ def resume(path: str, watcher: Watcher) -> Summary:
     folder.metrics.truncate_after(checkpoint.round)
     prepared.post.restore(checkpoint.extra.get("post", {}))
     with guarded(prepared, folder, checkpoint.extra.get("privacy")) as guard:
-        job = _Job(prepared, folder, watcher, checkpoint, guard)
+        job = _Job(prepared, folder, watcher, checkpoint, guard, Purse.of(prepared))
         again = [] if guard is None else guard.again(checkpoint.round)
         for text in [*warnings, f"resumed after round {checkpoint.round}", *again]:
             job.note(checkpoint.round, text)
@@ -108,6 +110,7 @@ class _Job:
     watcher: Watcher
     at: Checkpoint[Any]
     guard: Guard | None
+    purse: Purse | None
     saved: int = field(default=-1)
 
     def go(self) -> Summary:
@@ -168,7 +171,7 @@ class _Job:
         try:
             for number in range(self.at.round + 1, count + 1):
                 self._round(federation, number)
-        except BudgetSpentError as end:
+        except (BudgetSpentError, BytesSpentError) as end:
             self.note(self.at.round, f"stopped before {end}")
         except (KeyboardInterrupt, QuorumError):
             self.save()
@@ -178,6 +181,9 @@ class _Job:
 
     def _round(self, federation: Federation, number: int) -> None:
         recipe, strategy, sizes = self.prepared.recipe, self.prepared.strategy, federation.clients()
+        if self.purse is not None:
+            books = (*self.at.extra["down"].values(), *self.at.extra["up"].values())
+            self.purse.check(number, sum(books))
         if self.guard is None:
             names = sampling.draw(recipe.rounds.sampling, sizes, recipe.seed, number)
         else:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedpeft import tree
-from fedpeft.comms.ledger import stack_bytes
+from fedpeft.comms.ledger import stack_bytes, totals
 from fedpeft.errors import ReplyError
 from fedpeft.federation import Failure, Partial
 from fedpeft.intake import Intake, average

@@ -140,7 +140,7 @@ def check(
             loaded = load_recipe(recipe, overrides or [])
             if is_store(loaded.data.source):
                 verify_store(loaded.data.source)
-            found = make_plan(prepare(loaded))
+            found = make_plan(prepare(loaded), sends=True)
         if json:
             from fedpeft.cli.jsonl import write
 

@@ -104,17 +104,24 @@ def _parameters(found: Plan) -> Table:
     return table
 
 
-def _traffic(found: Plan) -> Table:
+def _traffic(found: Plan) -> Group:
     table = _grid("bytes", "down", "up")
-    down, up = sum(found.down.values()), sum(found.up.values())
-    table.add_row("per client and round", units.size(down), units.size(up))
-    kinds = sorted({*found.down, *found.up})
+    sends = found.sends
+    if sends is None:
+        return Group(table)
+    many = (max(1, sends.requests), max(1, sends.replies))
+    ways = (sends.down, sends.up)
+    each = [sum(way.values()) / count for way, count in zip(ways, many, strict=True)]
+    table.add_row("a message, on average", *map(units.size, each))
+    kinds = sorted({*sends.down, *sends.up})
     for kind in kinds if len(kinds) > 1 else []:
-        ways = (found.down.get(kind, math.nan), found.up.get(kind, math.nan))
-        table.add_row(f"  {kind}", *map(units.size, ways), style="dim")
-    for name, many in (("per round", found.sampled), ("whole run", found.sampled * found.rounds)):
-        table.add_row(name, units.size(down * many), units.size(up * many))
-    return table
+        parts = [way.get(kind, math.nan) / count for way, count in zip(ways, many, strict=True)]
+        table.add_row(f"  {kind}", *map(units.size, parts), style="dim")
+    table.add_row("whole run", *(units.size(sum(way.values())) for way in ways))
+    total = sum(sends.down.values()) + sum(sends.up.values())
+    sure = "exactly" if sends.exact else "about"
+    less = f"1/{sends.dense / total:,.3g} of all numbers as float32" if total else "none"
+    return Group(table, "", _pair("both ways", f"{sure} {total:,} bytes, {less}"))
 
 
 def at_once(found: Plan) -> int:

@@ -51,9 +51,9 @@ Memory = dict[str, Tree]
 class Held:
     """Of one schema, what clients hold.
 
-    version: the newest; 0 is what clients have by themselves. trees: its, unstacked. clients: client -> version it holds. past:
-    version -> the payload that leads to it from the one before, as far back as the way along them
-    is shorter than the whole.
+    version: the newest; 0 is what clients have by themselves. trees: its, unstacked. clients:
+    client -> version it holds. past: version -> the payload that leads to it from the one before,
+    as far back as the way along them is shorter than the whole.
     """
 
     version: int

@@ -24,8 +24,8 @@ from fedpeft.model import kind_of
 Bytes = dict[str, int]
 """Bytes by kind: ``adapter``, ``head``, ``base``, ``scalar``, ``blob``.
 
-Where a codec was at work also ``index`` and ``mask`` (which numbers were kept), ``scale``, ``seed``,
-``schema`` (names and shapes, once per client) and ``header``.
+Where a codec was at work also ``index`` and ``mask`` (which numbers were kept), ``scale``,
+``seed``, ``schema`` (names and shapes, once per client) and ``header``.
 """
 
 

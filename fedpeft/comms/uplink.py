@@ -1,9 +1,9 @@
 """Compressed replies: each client's update goes through a codec, with error feedback where biased.
 
 What is coded is the update, the reply minus what the client was sent (what it was not sent goes as
-it is), never raw weights, whose size would drown it. Under error feedback (Seide et al., Interspeech
-2014; Karimireddy et al., ICML 2019, arXiv 1901.09847) a client adds what it could not send in
-earlier rounds, and keeps what it cannot send in this one::
+it is), never raw weights, whose size would drown it. Under error feedback (Seide et al.,
+Interspeech 2014; Karimireddy et al., ICML 2019, arXiv 1901.09847) a client adds what it could not
+send in earlier rounds, and keeps what it cannot send in this one::
 
     u = update + e;  sent: C(u);  e <- u - C(u)
 

@@ -27,6 +27,7 @@ from fedpeft.federation import Federation
 from fedpeft.flower.federation import Digests, FlowerFederation, Patience
 from fedpeft.flower.identity import read_identities
 from fedpeft.flower.secure import SecureFlowerFederation
+from fedpeft.forecast import BytesSpentError, Purse
 from fedpeft.model import save_adapter
 from fedpeft.prepare import Prepared, prepare
 from fedpeft.privacy.guard import BudgetSpentError, Guard
@@ -99,19 +100,22 @@ def guarded(prepared: Prepared, folder: Path) -> Iterator[Guard | None]:
 
 
 def play(prepared: Prepared, federation: Federation, guard: Guard | None) -> Any:
-    """The state after all rounds, or after the last one that the privacy budget allows."""
+    """The state after all rounds, or after the last one that the budgets allow."""
     strategy, recipe, post = prepared.strategy, prepared.recipe, prepared.post
-    state = strategy.init(prepared.problem)
+    state, purse, spent = strategy.init(prepared.problem), Purse.of(prepared), 0
     for number in range(1, recipe.rounds.count + 1):
         try:
+            if purse is not None:
+                purse.check(number, spent)
             names = None if guard is None else guard.admit(number, federation.clients())
-        except BudgetSpentError as end:
+        except (BudgetSpentError, BytesSpentError) as end:
             log.warning("stopped before %s", end)
             break
         seam = Seam(post, names)
         state, report = play_round(
             strategy, state, federation, recipe.rounds, recipe.seed, number, seam
         )
+        spent += sum(report.down.values()) + sum(report.up.values())
         log.info("round %d: %d replies, loss %.4f", number, report.replied, report.loss)
         for client, reason in report.excluded.items():
             log.warning("round %d: %s excluded: %s", number, client, reason)

@@ -4,7 +4,7 @@ read the same numbers; every codec, every strategy, both ways."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedpeft.codecs.settings import Codec
 from fedpeft.config import Comms, Engine, Recipe, Rounds, Sampling
 from fedpeft.engine import RoundReport, Seam, play_round
-from fedpeft.errors import FedpeftError
 from fedpeft.flower.federation import FlowerFederation, Patience
 from fedpeft.prepare import Prepared, prepare
-from fedpeft.strategy import available, build
+from fedpeft.strategy import available
 from fedpeft.tree import Tree
 from tests.flower.nodes import InProcess
 from tests.tiny import tiny_recipe, write_tiny

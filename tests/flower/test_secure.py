@@ -13,7 +13,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord
 
-from fedpeft.comms.ledger import message_bytes
+from fedpeft.comms.ledger import message_bytes, totals
 from fedpeft.config import Privacy, SecureAggregation
 from fedpeft.engine import Seam, play_round
 from fedpeft.errors import QuorumError
