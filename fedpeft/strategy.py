@@ -227,6 +227,8 @@ class Strategy(ABC, Generic[S]):
     ``weight`` (and who they are from); so they may be averaged in parts of that total weight.
     averages: what a lone client trained is the state after the round; without it the server takes
     a step of its own (a server optimizer, a merge of task vectors).
+    codable: the numbers that it sends are weights or updates, which a codec may round; without it
+    each means something by itself.
     exchanges: how often in a round ``send``, ``train``, ``receive`` follow each other, with the
     clients whose replies to the exchange before were valid.
     """
@@ -239,6 +241,7 @@ class Strategy(ABC, Generic[S]):
     keeps: ClassVar[bool] = False
     folds: ClassVar[bool] = False
     averages: ClassVar[bool] = True
+    codable: ClassVar[bool] = True
     exchanges: ClassVar[int] = 1
 
     @abstractmethod

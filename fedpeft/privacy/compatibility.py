@@ -18,6 +18,10 @@ Refusal = str
 
 ALONE = "there is only one party, and nothing is aggregated: use a federated strategy"
 SUMS = "it works on single updates, and only their sum is seen: leave one of the two out"
+MASKED = (
+    "the masks are on whole numbers that add up, and what a codec makes of an update does not: set "
+    "comms.up.codec=none, and take a strategy that sends less (ffa_lora, fed_sb)"
+)
 NOISED = "noise hides what an attack does: study the two apart, leave one of them out"
 UNBOUNDED = (
     "how far one client moves a robust rule's result has no useful bound, so no noise is made for "
@@ -52,6 +56,32 @@ def robust_rule(strategy: Strategy[Any]) -> Refusal:
     return _of_the_mean(strategy, ALONE, "and a rule leaves one update: use a linear strategy")
 
 
+def uplink_codec(strategy: Strategy[Any]) -> Refusal:
+    """``comms.up.codec``: replies are read as their codec left them."""
+    if strategy.pools:
+        return ALONE
+    if not strategy.shares:
+        return "its clients send nothing that is averaged: use comms.up.codec=none"
+    return "" if strategy.codable else _EXACT.format("up")
+
+
+def downlink_codec(strategy: Strategy[Any]) -> Refusal:
+    """``comms.down.codec``: clients train from the model as its codec left it."""
+    if strategy.pools:
+        return ALONE
+    if strategy.keeps:
+        return (
+            "its clients keep what they are sent for good, and would keep every error: use "
+            "comms.down.codec=none"
+        )
+    if not strategy.shares:
+        return "its clients are sent nothing that changes: use comms.down.codec=none"
+    return "" if strategy.codable else _EXACT.format("down")
+
+
+_EXACT = "each number that it sends means something by itself: use comms.{}.codec=none"
+
+
 def _of_the_mean(strategy: Strategy[Any], alone: str, otherwise: str) -> Refusal:
     """Why a strategy cannot do with one update for all: ``alone``, or what it needs instead."""
     if strategy.pools:
@@ -64,6 +94,8 @@ COLUMNS: dict[str, Callable[[Strategy[Any]], Refusal]] = {
     "client": client_level,
     "secure aggregation": secure_aggregation,
     "robust rule": robust_rule,
+    "uplink codec": uplink_codec,
+    "downlink codec": downlink_codec,
 }
 """Column of the table -> its judgement."""
 
@@ -71,16 +103,21 @@ COLUMNS: dict[str, Callable[[Strategy[Any]], Refusal]] = {
 def check_compatible(recipe: Recipe, strategy: Strategy[Any]) -> None:
     """Raises FedpeftError for a recipe whose strategy and protections do not go together."""
     privacy, name = recipe.privacy, str(recipe.strategy.get("name"))
+    up, down = recipe.comms.up.codec, recipe.comms.down.codec
     asked = {
         "privacy.unit=record": privacy.unit == "record" and record_level(strategy),
         "privacy.unit=client": privacy.unit == "client" and client_level(strategy),
         "secure_aggregation.enabled": recipe.secure_aggregation.enabled
         and secure_aggregation(strategy),
         f"robust.rule={recipe.robust.rule}": recipe.robust.rule != "none" and robust_rule(strategy),
+        f"comms.up.codec={up}": up != "none" and uplink_codec(strategy),
+        f"comms.down.codec={down}": down != "none" and downlink_codec(strategy),
     }
     for key, refusal in asked.items():
         if refusal:
             raise FedpeftError(f"{key} with strategy.name={name!r}: {refusal}.")
+    if up != "none" and recipe.secure_aggregation.enabled:
+        raise FedpeftError(f"comms.up.codec={up} with secure_aggregation.enabled: {MASKED}.")
     for this, on, noised in (
         (f"robust.rule={recipe.robust.rule}", recipe.robust.rule != "none", UNBOUNDED),
         (f"attack.kind={recipe.attack.kind}", recipe.attack.kind != "none", NOISED),

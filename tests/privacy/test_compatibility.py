@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fedpeft.attacks.settings import Attack
-from fedpeft.config import Privacy, Recipe, SecureAggregation
+from fedpeft.codecs.settings import Codec
+from fedpeft.config import Comms, Privacy, Recipe, SecureAggregation
 from fedpeft.errors import FedpeftError
 from fedpeft.privacy.compatibility import COLUMNS, check_compatible, table
 from fedpeft.robust.settings import Robust
@@ -22,6 +23,8 @@ ASKS: dict[str, dict[str, Any]] = {
     "client": {"privacy": CLIENT},
     "secure aggregation": {"secure_aggregation": SecureAggregation(enabled=True)},
     "robust rule": {"robust": Robust(rule="median")},
+    "uplink codec": {"comms": Comms(up=Codec("topk", "int8"))},
+    "downlink codec": {"comms": Comms(down=Codec("topk", "fp16"))},
 }
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
