@@ -54,7 +54,7 @@ class Codec:
     density: float = 0.1
     positions: Way = "auto"
     scope: Literal["all", "tensor"] = "all"
-    feedback: Literal["auto", "on", "off"] = "auto"
+    feedback: Literal["auto", "always", "never"] = "auto"
     of: Literal["update", "weights"] = "update"
     block: int = 256
     levels: int = 127
@@ -74,7 +74,7 @@ def biased(settings: Codec) -> bool:
 
 def feeds_back(settings: Codec) -> bool:
     """Whether the sender keeps what the codec loses and adds it next time."""
-    return settings.feedback == "on" or (settings.feedback == "auto" and biased(settings))
+    return settings.feedback == "always" or (settings.feedback == "auto" and biased(settings))
 
 
 def check_codec(settings: Codec, where: str) -> None:
@@ -116,7 +116,7 @@ def _check_meaning(settings: Codec, where: str) -> None:
         "density": name in SPARSE,
         "positions": name in POSITIONED,
         "scope": name == "topk",
-        "feedback": name != "none" or settings.feedback == "off",
+        "feedback": name != "none" or settings.feedback == "never",
         "of": name != "none",
         "block": settings.values not in CAST,
         "levels": settings.values == "qsgd",
@@ -140,16 +140,16 @@ def _check_meaning(settings: Codec, where: str) -> None:
 
 def _check_feedback(settings: Codec, where: str) -> None:
     """Raises where fed-back errors would grow: what is lost must be less than what was sent."""
-    if settings.feedback != "on":
+    if settings.feedback != "always":
         return
     if settings.codec == "dare":
         raise FedpeftError(
-            f"{where}.feedback=on with {where}.codec=dare: the kept numbers are divided by "
+            f"{where}.feedback=always with {where}.codec=dare: the kept numbers are divided by "
             f"{where}.density, so what is fed back would grow. Use randk or topk."
         )
     if settings.values == "qsgd" and settings.levels**2 < settings.block:
         raise FedpeftError(
-            f"{where}.feedback=on with {where}.levels={settings.levels}: what is fed back would "
+            f"{where}.feedback=always with {where}.levels={settings.levels}: what is fed back would "
             f"grow unless levels is at least the root of {where}.block={settings.block}."
         )
 

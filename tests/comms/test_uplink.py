@@ -50,7 +50,7 @@ def through(codec: Codec, to: Messages, reply: Messages, memory: Memory | None =
 
 def test_top_k_keeps_the_largest_changes_and_drops_the_rest() -> None:
     to = sent()
-    left = through(Codec("topk", density=0.25, feedback="off"), to, replied(to))
+    left = through(Codec("topk", density=0.25, feedback="never"), to, replied(to))
     start, want, got = (m.trees["adapter"] for m in (to, replied(to), left))
     for names, kept in ((("a", "b"), 7), ((HEAD,), 3)):  # ceil(0.25 * 26), of 12: head by itself
         moved = torch.cat([(got[n] - start[n]).flatten(1) for n in names], dim=1)
@@ -81,7 +81,7 @@ def test_what_was_lost_is_sent_later() -> None:
 
 def test_without_feedback_nothing_is_kept() -> None:
     to, memory = sent(), Memory()
-    for codec in (Codec("topk", feedback="off"), Codec("dense", "int8"), Codec("randk")):
+    for codec in (Codec("topk", feedback="never"), Codec("dense", "int8"), Codec("randk")):
         through(codec, to, replied(to), memory)
         assert not memory.trees and not Uplink(codec, 7, BASE).remembers
     assert Uplink(Codec("topk"), 7, BASE).remembers
