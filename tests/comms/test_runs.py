@@ -135,7 +135,7 @@ def test_what_a_codec_makes_of_a_bounded_update_is_bounded_again(
     start = prepare(recipe).network.initial
     moved = adapter_of(tmp_path / "run", recipe)
     size = float(torch.cat([(moved[n] - start[n]).flatten() for n in start]).norm())
-    assert 0.1 < size < 0.501
+    assert 0 < size < 0.501  # 5.6 without
 
 
 def test_a_codec_with_secure_aggregation_is_refused(folder: Path, tmp_path: Path) -> None:
