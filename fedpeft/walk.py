@@ -33,7 +33,7 @@ from fedpeft.strategy import Expand, Route, Walk
 from fedpeft.tree import Layout, Tree, row
 
 Measure = Callable[[Tensor, Layout, np.ndarray], Tensor]
-"""``(matrix [C, P], its layout, examples [C, B]) -> losses``: ``[C]``, or of examples ``[C, B]``."""
+"""``(matrix [C, P], its layout, examples [C, B]) -> losses [C]``, or ``[C, B]``, each example's."""
 
 PLAIN = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
 """What of ``local`` a walk needs to be, as must: every step is a multiple of its direction."""
