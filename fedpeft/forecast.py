@@ -27,7 +27,7 @@ from fedpeft.federation import Failure
 from fedpeft.metrics import Score
 from fedpeft.postprocess import Chain
 from fedpeft.prepare import Prepared
-from fedpeft.strategy import Adjust, Cohort, Expand, Fit, Messages
+from fedpeft.strategy import Adjust, Cohort, Expand, Fit, Messages, Route, Walk
 from fedpeft.tree import Tree, row, stack
 
 AT_ONCE = 64
@@ -199,6 +199,19 @@ class _Cohort(Cohort):
         none = torch.zeros(len(self.clients))
         moved = {name: value + 1e-3 * self._noise(value) for name, value in start.items()}
         return Fit(moved, none, none.long() + 1)
+
+    def walk(
+        self,
+        start: Tree,
+        route: Route,
+        *,
+        fixed: Tree | None = None,
+        expand: Expand | None = None,
+        base: Tree | None = None,
+    ) -> Walk:
+        fit = self.fit(start)
+        moves = self._noise(torch.zeros(route.seeds.shape))
+        return Walk(fit.adapter, moves, fit.loss)
 
     def gradients(
         self,

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fedpeft import quantize, streams, tree, tuners
+from fedpeft import quantize, streams, tree, tuners, whole
 from fedpeft.config import Model
 from fedpeft.data.clients import Task
 from fedpeft.errors import FedpeftError, suggest
@@ -169,7 +169,8 @@ def adapter_config(settings: Mapping[str, Any], task: Task) -> peft.PeftConfig:
     kinds = adapter_kinds()
     kind = str(settings.get("kind", "lora")).lower()
     if kind not in kinds:
-        raise FedpeftError(f"adapter.kind={kind!r} does not exist. {suggest(kind, kinds)}")
+        every = [*kinds, whole.KIND]
+        raise FedpeftError(f"adapter.kind={kind!r} does not exist. {suggest(kind, every)}")
     own = {key: value for key, value in settings.items() if key not in ("kind", "start", "head")}
     if settings.get("head", "trained") not in ("trained", "frozen"):
         raise FedpeftError(
@@ -190,12 +191,14 @@ def adapter_config(settings: Mapping[str, Any], task: Task) -> peft.PeftConfig:
 
 
 def attach(base: nn.Module, settings: Mapping[str, Any], task: Task, seed: int) -> nn.Module:
-    """Wraps ``base`` with the adapter, initialised from the seed.
+    """Wraps ``base`` with the adapter, initialised from the seed; ``full`` leaves it as it is.
 
     ``settings["head"]`` says whether a classifier's new head is ``trained``, the default, or
     ``frozen`` as the seed drew it, the same for everybody. Raises FedpeftError when the base has
     none of the target modules.
     """
+    if settings.get("kind") == whole.KIND:
+        return whole.free(base, settings)
     config = adapter_config(settings, task)
     tuners.note_limits(config)
     if config.peft_type == peft.PeftType.XLORA:
@@ -252,11 +255,11 @@ def set_mode(model: nn.Module, training: bool, base_dropout: bool) -> None:
 def base_digest(model: nn.Module) -> str:
     """A short hash of the frozen base: names, shapes, 64 evenly spaced values of each tensor.
 
-    Of quantised weights: 64 codes and all scales.
+    Of quantised weights: 64 codes and all scales. Of a model without an adapter: all of it.
     """
-    digest = hashlib.sha256()
+    digest, adapted = hashlib.sha256(), isinstance(model, peft.PeftModel)
     for name, value in sorted(model.named_parameters()):
-        if value.requires_grad or ".original_module." in name:
+        if (adapted and value.requires_grad) or ".original_module." in name:
             continue
         digest.update(f"{name}{tuple(value.shape)}".encode())
         flat = value.detach().flatten()
@@ -380,16 +383,18 @@ def save_adapter(network: Network, values: Tree, folder: Path, base_name: str) -
 
     Beside peft's files ``fedpeft.json`` names the base model's digest. Where peft's file is not
     enough to go on training from, the trainable tensors lie in ``trainable.safetensors``; where
-    peft would load another model than this, a warning says so.
+    peft would load another model than this, a warning says so. Without an adapter it is the model.
     """
     tree.check_same(network.initial, {n: v.cpu() for n, v in values.items()}, "the adapter")
     network.write(values)
     model = network.model
-    assert isinstance(model, peft.PeftModel)
-    model.peft_config["default"].base_model_name_or_path = base_name
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    tuners.note_export(model.active_peft_config)
-    if tuners.keeps_less(model.active_peft_config):
-        save_file({n: v.detach().cpu().contiguous() for n, v in values.items()}, folder / RAW)
+    if isinstance(model, peft.PeftModel):
+        model.peft_config["default"].base_model_name_or_path = base_name
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+        tuners.note_export(model.active_peft_config)
+        if tuners.keeps_less(model.active_peft_config):
+            save_file({n: v.cpu().contiguous() for n, v in values.items()}, folder / RAW)
+    else:
+        whole.save(model, folder)
     note = {"base_digest": network.digest, "base_model": base_name, "task": network.task}
     (folder / "fedpeft.json").write_text(json.dumps(note, indent=2) + "\n")

@@ -29,8 +29,8 @@ _FACTORS = (0xD2511F53, 0xCD9E8D57)
 _BUMPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
-_AT_ONCE = 1 << 15
-"""Blocks that are computed at once, so that the work stays in the processor's cache."""
+_AT_ONCE = {"cpu": 1 << 15, "cuda": 1 << 21}
+"""Blocks that are computed at once: on a CPU so many that all stays in its cache."""
 
 LEVELS = 1 << 16
 """Values that a normal number can have."""
@@ -44,7 +44,8 @@ def words(seeds: Tensor, stream: int, count: int, first: int = 0) -> Tensor:
     seeds: int64 ``[K]``, taken modulo 2^64; the result is on their device. stream: 0 to 2^63 - 1.
     """
     begin, end = first // 4, (first + count + 3) // 4
-    width = max(1, _AT_ONCE // max(1, len(seeds)))
+    most = _AT_ONCE["cuda" if seeds.is_cuda else "cpu"]
+    width = max(1, most // max(1, len(seeds)))
     parts = [_blocks(seeds, stream, at, min(at + width, end)) for at in range(begin, end, width)]
     found = torch.cat(parts, dim=1) if parts else seeds.new_empty(len(seeds), 0)
     return found[:, first - 4 * begin : first - 4 * begin + count]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +15,7 @@ from fedpeft.model import kind_of
 from fedpeft.prepare import Prepared
 from fedpeft.privacy.outlook import outlook
 from fedpeft.steps import steps_of
-from fedpeft.tree import numel
+from fedpeft.tree import Tree, numel
 
 SOME = 1000
 """Clients whose data are read for the plan: every one, or every n-th."""
@@ -93,7 +94,7 @@ def make_plan(prepared: Prepared, sends: bool = False) -> Plan:
         up=message_bytes(type(sent[0])(reply, scalars)),
         tokens=round(tokens),
         memory=estimate(network, prepared.gradients, prepared.workers),
-        privacy=_privacy(prepared, sizes, sum(numel(tree) for tree in reply.values())),
+        privacy=_privacy(prepared, sizes, _released(prepared, reply)),
         sends=forecast(prepared) if sends else None,
     )
 
@@ -101,6 +102,11 @@ def make_plan(prepared: Prepared, sends: bool = False) -> Plan:
 def _privacy(prepared: Prepared, sizes: np.ndarray, numbers: int) -> dict[str, str]:
     terms = prepared.terms
     return {} if terms is None else outlook(terms, prepared.recipe, sizes, numbers)
+
+
+def _released(prepared: Prepared, reply: Mapping[str, Tree]) -> int:
+    """Numbers that one release holds: a slope, or all that is trained."""
+    return 1 if prepared.strategy.walks else sum(numel(tree) for tree in reply.values())
 
 
 def _spread(values: np.ndarray) -> tuple[int, int, int]:

@@ -47,6 +47,7 @@ from fedpeft.robust.settings import Robust
 from fedpeft.secure import SecureFederation
 from fedpeft.strategy import Messages, Problem, Strategy, build
 from fedpeft.tree import Tree
+from fedpeft.walk import check_walk
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ class Prepared:
             rounds=self.recipe.rounds.count,
             seed=self.recipe.seed,
             weight=partial(pretrained, self.network),
+            steps=self.recipe.local.steps,
+            lr=self.recipe.local.lr,
         )
         if self.population.public is None:
             return problem
@@ -277,6 +280,8 @@ def prepare(recipe: Recipe) -> Prepared:
         torch.set_num_threads(recipe.engine.threads)
     strategy = build_strategy(recipe)
     check_compatible(recipe, strategy)
+    if strategy.walks:
+        check_walk(recipe.local)
     tokenizer = load_tokenizer(recipe.model, recipe.data.task)
     population = build_population(recipe.data, recipe.partition, tokenizer, recipe.seed)
     bad = attackers(recipe.attack, population.clients.names, recipe.seed)

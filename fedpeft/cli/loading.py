@@ -1,4 +1,4 @@
-"""How to load a run's adapter with peft: the lines that a run prints at its end."""
+"""How to load what a run trained, with peft or transformers: the lines it prints at its end."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ if TYPE_CHECKING:
 
 
 def lines(recipe: Recipe, labels: int, adapter: str) -> list[str]:
-    """Python that gives ``model``, the base with the adapter; none for a random base.
+    """Python that gives ``model``, the base with the adapter; none for a random base with one.
 
     labels: the classifier's classes (ignored for language modelling).
     """
-    if recipe.model.random:
+    whole = recipe.adapter.get("kind") == "full"
+    if recipe.model.random and not whole:
         return []
     task, pooled = recipe.data.task, recipe.model.pooling == "mean"
     if task == "causal_lm":
@@ -24,6 +25,15 @@ def lines(recipe: Recipe, labels: int, adapter: str) -> list[str]:
         kind, more = "AutoModel", ""
     else:
         kind, more = "AutoModelForSequenceClassification", f", num_labels={labels}"
+    if whole and not (pooled and task == "classification"):
+        return [f"model = transformers.{kind}.from_pretrained({adapter!r}, dtype='float32')"]
+    if whole:
+        return [
+            f"base = transformers.{kind}.from_pretrained({adapter!r}, dtype='float32')",
+            f"model = fedpeft.model.MeanPoolClassifier(base, {labels})",
+            f"head = safetensors.torch.load_file({adapter + '/classifier.safetensors'!r})",
+            "model.classifier.load_state_dict(head)",
+        ]
     revision = f", revision={recipe.model.revision!r}" if recipe.model.revision else ""
     name = _base(recipe)
     found = [

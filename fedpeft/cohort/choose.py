@@ -32,8 +32,12 @@ def choose_lane(network: Network, examples: Examples) -> Lane:
     The check runs two clients with different adapters on two padded rows each: gradients in eval
     mode must be the loop's, and in training mode too unless dropout or sampling makes even the
     loop's differ from run to run. One line of the log says which lane was chosen, and why none
-    before it. Raises FedpeftError when not even the loop runs.
+    before it. Raises FedpeftError when not even the loop runs. A model without an adapter, of which
+    clients share nothing, gets the loop unchecked.
     """
+    if not isinstance(network.model, PeftModel):
+        log.info("lane loop for full: every tensor is trained, clients train one after another")
+        return LoopLane(network.model)
     kind = _kind(network.model)
     batch, stacked = _probe(network, examples)
     loop, reasons = LoopLane(network.model), []

@@ -18,9 +18,10 @@ from fedpeft.errors import FedpeftError
 from fedpeft.local import Progress, Trainer, batch_plan
 from fedpeft.metrics import client_sums
 from fedpeft.model import Network
-from fedpeft.privacy.record_level import RecordLevel
-from fedpeft.strategy import Adjust, Cohort, Expand, Fit
+from fedpeft.privacy.record_level import NoisySteps, RecordLevel
+from fedpeft.strategy import Adjust, Cohort, Expand, Fit, Route, Walk
 from fedpeft.tree import Layout, Tree, stack
+from fedpeft.walk import Walker
 
 Memory = dict[str, dict[str, Tree]]
 """Private memory of clients: client name -> memory name -> tree."""
@@ -61,7 +62,7 @@ class TorchCohort(Cohort):
         self._data = list(data)
         self._info = info
         self._memory, self._shelf = own
-        self._fitted = False
+        self._trained = False
 
     def fit(
         self,
@@ -74,12 +75,23 @@ class TorchCohort(Cohort):
         base: Tree | None = None,
     ) -> Fit:
         self._place(start, fixed, expand)
-        plans, noisy, progress = self._plans(), None, self._info.progress
-        if self._info.private is not None:
-            self._refuse_if_fitted()
-            noisy = self._info.private.steps([len(client.train) for client in self._data])
+        plans, noisy, progress = self._plans(), self._noisy(), self._info.progress
         with folded(self._network, base or {}):
             return self._trainer.fit(start, plans, progress, adjust, own, expand, noisy)
+
+    def walk(
+        self,
+        start: Tree,
+        route: Route,
+        *,
+        fixed: Tree | None = None,
+        expand: Expand | None = None,
+        base: Tree | None = None,
+    ) -> Walk:
+        self._place(start, fixed, expand)
+        walker = Walker(self._trainer, route, self._noisy())
+        with folded(self._network, base or {}):
+            return walker.walk(start, self._plans(), expand)
 
     def gradients(
         self,
@@ -181,6 +193,13 @@ class TorchCohort(Cohort):
             np.pad(plan, ((0, 0), (0, width - plan.shape[1])), constant_values=-1) for plan in plans
         ]
 
+    def _noisy(self) -> NoisySteps | None:
+        """How the clients step under privacy of their records, once in a round."""
+        if self._info.private is None:
+            return None
+        self._refuse_if_trained()
+        return self._info.private.steps([len(client.train) for client in self._data])
+
     def _refuse_if_private(self, what: str) -> None:
         if self._info.private is not None:
             raise FedpeftError(
@@ -188,14 +207,14 @@ class TorchCohort(Cohort):
                 f"noise covers: use a strategy, or a setting of it, that learns from training only."
             )
 
-    def _refuse_if_fitted(self) -> None:
+    def _refuse_if_trained(self) -> None:
         """The ledger is charged one local training per client and round."""
-        if self._fitted:
+        if self._trained:
             raise FedpeftError(
                 "privacy.unit=record, and the strategy trains its clients a second time within a "
-                "round, which is not charged: let train call cohort.fit once."
+                "round, which is not charged: let train call cohort.fit, or cohort.walk, once."
             )
-        self._fitted = True
+        self._trained = True
 
     def _place(self, start: Tree, fixed: Tree | None, expand: Expand | None) -> None:
         """Checks that the trees make up the whole adapter, and writes the shared part."""

@@ -36,6 +36,11 @@ class Objective:
             if p._backward_hooks
         }
 
+    @property
+    def plain(self) -> bool:
+        """Whether there is neither."""
+        return self._penalty is None and not self._hooks
+
     def penalty(self, stacked: Tree) -> Tensor | None:
         """The term to add to each client's mean loss, ``[K]``; None where there is none."""
         if self._penalty is None:

@@ -245,6 +245,21 @@ class PerExample:
                 rows = rows.take(~np.isfinite(norms.cpu().numpy()[rows.at]))
         return Clipped(total, norms.view(index.shape), losses.view(index.shape))
 
+    @torch.no_grad()
+    def values(self, matrix: Tensor, layout: Layout, index: np.ndarray) -> Tensor:
+        """Each example's own mean loss, ``[a, B]``, 0 where absent; forward only.
+
+        Rows of the model are made as for gradients, so the same check holds for both.
+        """
+        losses = torch.zeros(index.size, device=self.device)
+        rows, size = self._trainable(_Rows.of(index)), self._gradients.numbers(matrix, layout)
+        fits = min(self.budget.numbers // max(1, size), self.local.batch_size * len(index))
+        most = 1 if isinstance(self.lane, LoopLane) else max(1, fits)
+        for part in self._cut(rows, 1, most):
+            own = layout.unpack(matrix.index_select(0, self._placed(part.client)))
+            losses[self._placed(part.at)] = self._losses(own, part)
+        return losses.view(index.shape)
+
     def _trainable(self, rows: _Rows) -> _Rows:
         """The examples that have something to predict; the others' loss and gradient are zero."""
         least = 1 if self.task == "classification" else 2

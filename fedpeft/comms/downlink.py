@@ -100,6 +100,8 @@ class Downlink(Postprocessor):
         self._check_alike(sent)
         wanted = {tree: row(own, 0) for tree, own in sent.trees.items()}
         schema = Schema.of(wanted)
+        if not schema.entries:
+            return sent
         own = self.held.get(schema.digest, NOTHING)
         if not any(asked.means(schema, wanted) for asked in self.waiting):
             own = self._next(schema, wanted, own)
@@ -117,7 +119,7 @@ class Downlink(Postprocessor):
     ) -> Iterator[Messages]:
         gaps, self.gaps = self.gaps, {}
         for reply in replies:
-            gap = gaps[sent[0].clients[0] if len(sent) == 1 else reply.clients[0]]
+            gap = gaps.get(sent[0].clients[0] if len(sent) == 1 else reply.clients[0], {})
             yield replace(reply, trees=_moved(reply.trees, gap))
 
     def arrived(self, clients: Sequence[str]) -> None:

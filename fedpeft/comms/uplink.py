@@ -54,6 +54,8 @@ class Uplink(Postprocessor):
 
     def leave(self, sent: Messages, reply: Messages, kept: Kept) -> Messages:
         schema = Schema.of({tree: row(own, 0) for tree, own in reply.trees.items()})
+        if not schema.entries:
+            return reply
         before = self._before(sent)
         faulty = _faulty(reply)
         wanted = [
@@ -87,9 +89,11 @@ class Uplink(Postprocessor):
         """
         blobs = dict(reply.blobs)
         payload = blobs.pop(PAYLOAD, None)
+        schema = Schema.of(like)
+        if not schema.entries:
+            return Messages.stack(sent.clients, [reply])
         if payload is None or reply.trees:
             raise PayloadError("the reply must hold a payload, and no other tensors")
-        schema = Schema.of(like)
         header, sections = wire.read(payload, 2 * schema.dense + SLACK)
         wire.expect(
             header, codec=self.codec.codec, base=self.base, schema=schema.digest, round=round

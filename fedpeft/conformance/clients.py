@@ -292,13 +292,15 @@ def personal_adapters_are_complete(strategy: Strategy[Any]) -> str:
 def what_clients_are_asked_is_declared(strategy: Strategy[Any]) -> str:
     """``asks`` names the gradients and losses that ``train`` asks of clients' data, no others.
 
-    No noise covers these: it is by this declaration that they are refused under privacy.
+    No noise covers these: it is by this declaration that they are refused under privacy. And
+    ``walks`` tells whether clients walk, for which local settings are checked.
     """
     toy = toy_for(strategy)
     play(strategy, toy)
     declared, asked = set(strategy.asks()), toy.asked
     require(asked <= declared, f"it asks for {sorted(asked - declared)}, which asks() leaves out")
     require(declared <= asked, f"asks() names {sorted(declared - asked)}, which it never asks for")
+    require(strategy.walks == toy.walked, f"walks={strategy.walks}, but clients do otherwise")
     return f"asks for {', '.join(sorted(asked)) or 'nothing beside training'}"
 
 

@@ -34,6 +34,7 @@ from fedpeft.tree import Tree
 SIZES = (5, 9, 3, 12)
 WORDS, CLASSES, PAD, ROUNDS, SEED = 50, 3, 0, 2, 0
 LOCAL = Local(optimizer="sgd", lr=0.2, batch_size=4)
+WALK = Local(optimizer="sgd", lr=2e-3, batch_size=4, steps=3)
 
 WIDE = 0.3
 """Standard deviation of the models' weights: at the usual 0.02 attention is flat, and its adapters
@@ -47,8 +48,11 @@ a client half with an SVD enlarges that by its condition; rows that mix differ b
 class Federation:
     """Four unequal clients of random tokens on a tiny random model with LoRA (r = 2, s = 2)."""
 
-    def __init__(self, task: Task, lane: type[Lane], pools: bool) -> None:
+    def __init__(
+        self, task: Task, lane: type[Lane], pools: bool = False, walks: bool = False
+    ) -> None:
         self.task, self.network = task, _network(task)
+        self.local = WALK if walks else LOCAL
         self.examples = _examples(task)
         bounds = np.cumsum([0, sum(SIZES)] if pools else [0, *SIZES])
         none = np.zeros(0, dtype=np.int64)
@@ -68,7 +72,8 @@ class Federation:
         def public() -> Tree:
             return {layer: weight(layer) for layer in network.scaling}
 
-        return Problem(network.initial, network.scaling, names, ROUNDS, SEED, weight, public)
+        known = network.initial, network.scaling, names, ROUNDS, SEED, weight, public
+        return Problem(*known, self.local.steps, self.local.lr)
 
     def train(self, strategy: Strategy[Any], round: int, sent: Messages, size: int) -> Messages:
         """The clients' replies, trained in stacks of ``size``, at most 3 clients in flight."""
@@ -82,7 +87,7 @@ class Federation:
     def _cohort(self, round: int, sent: Messages, width: int) -> TorchCohort:
         network, data = self.network, [c for c in self.data if c.name in sent.clients]
         weights = torch.tensor([len(c.train) for c in data], dtype=torch.float64)
-        gradients = Gradients(self.lane, self.task, self.examples, LOCAL, network.device)
+        gradients = Gradients(self.lane, self.task, self.examples, self.local, network.device)
         info, kept = RoundInfo(Progress(round, ROUNDS), SEED), (self._own(sent), self.shelf)
         return TorchCohort(network, Trainer(gradients, width), data, info, weights, kept)
 
@@ -148,7 +153,8 @@ def _examples(task: Task) -> Examples:
 
 
 def _batched_is_sequential(strategy: Strategy[Any], task: Task) -> str:
-    fold, loop = (Federation(task, lane, strategy.pools) for lane in (FoldLane, LoopLane))
+    lanes = FoldLane, LoopLane
+    fold, loop = (Federation(task, lane, strategy.pools, strategy.walks) for lane in lanes)
     base = fold.frozen()
     state, most = strategy.init(loop.problem), 0.0
     tree.check_same(fold.network.initial, strategy.adapter(state), "the model and adapter(state)")

@@ -111,7 +111,7 @@ def no_movement_changes_nothing(strategy: Strategy[Any]) -> str:
     for warm in (False, True) if strategy.averages else (False,):
         toy = toy_for(strategy)
         played = play(strategy, toy, int(warm))
-        toy.lr = 0.0
+        toy.lr = toy.stride = 0.0
         before = stands_for(strategy, toy, played.states[-1])
         for number in (1, 2):
             turn(strategy, toy, played, toy.clients)

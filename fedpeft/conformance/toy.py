@@ -7,6 +7,7 @@ number of steps per client; the gradient is written by hand, for torch and numpy
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from fedpeft import tree
 from fedpeft.cohort.shelf import Shelf
-from fedpeft.strategy import Adjust, Cohort, Expand, Fit, Problem
+from fedpeft.philox import normals
+from fedpeft.strategy import Adjust, Cohort, Expand, Fit, Problem, Route, Walk
 from fedpeft.tree import Tree
 
 Arrays = dict[str, np.ndarray]
@@ -41,6 +43,10 @@ OTHERS = {
 """The head's tensors -> shape."""
 
 
+STEPS = 4
+"""Steps of a walk."""
+
+
 def a_of(layer: str) -> str:
     """The name of a layer's A ``[r, d_in]``."""
     return f"{layer}.lora_A.default.weight"
@@ -56,12 +62,14 @@ class Toy:
     """The clients, and what became of them.
 
     initial: every trainable tensor. scaling: LoRA layer -> s. targets: client -> what it fits.
-    weights, steps: client -> aggregation weight, local steps. lr: of everybody's SGD.
+    weights, steps: client -> aggregation weight, local steps. lr: of everybody's SGD; stride: of
+    everybody's walks, whose steps along random directions must be shorter.
     pretraining: which pretrained weights there are. memory:
     client -> the private memory that the strategy keeps there. trained, bases: client -> its whole
     adapter after its last local training, and the change of the base that it trained on. moved:
     names of the model's tensors that local trainings were asked to train so far. shelf: what
-    clients were given once and keep. asked: what of their data they were asked for beside ``fit``.
+    clients were given once and keep. asked: what of their data they were asked for beside ``fit``
+    and ``walk``. walked: whether they were asked for that.
     """
 
     initial: Tree
@@ -70,6 +78,7 @@ class Toy:
     weights: dict[str, float]
     steps: dict[str, int]
     lr: float = 0.05
+    stride: float = 1e-3
     pretraining: int = 0
     memory: dict[str, dict[str, Tree]] = field(default_factory=dict)
     trained: dict[str, Tree] = field(default_factory=dict)
@@ -77,6 +86,7 @@ class Toy:
     moved: set[str] = field(default_factory=set)
     shelf: Shelf = field(default_factory=Shelf)
     asked: set[str] = field(default_factory=set)
+    walked: bool = False
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -85,9 +95,17 @@ class Toy:
 
     def problem(self, rounds: int = 3, seed: int = 7) -> Problem:
         """What a strategy is told before round 1."""
-        names = self.clients
-        public = self.public_gradients
-        return Problem(self.initial, self.scaling, names, rounds, seed, self.weight, public)
+        return Problem(
+            self.initial,
+            self.scaling,
+            self.clients,
+            rounds,
+            seed,
+            self.weight,
+            self.public_gradients,
+            STEPS,
+            self.stride,
+        )
 
     def weight(self, layer: str) -> Tensor:
         """A pretrained weight ``[d_out, d_in]``; the losses do not depend on it."""
@@ -199,11 +217,51 @@ class ToyCohort(Cohort):
                 value -= toy.lr * (move * gradient[name]).to(value.dtype)
         for part, tensors in shared.items():
             _unwritten(f"the trees given as {part}", before[part], tensors)
-        toy.moved |= self.initial.keys() - shared["fixed"].keys()
+        self._note(now, fixed, expand, base)
+        return Fit(now, loss / steps, steps)
+
+    def _note(
+        self, now: Tree, fixed: Tree | None, expand: Expand | None, base: Tree | None
+    ) -> None:
+        """Writes down what was trained, and by whom."""
+        toy = self._toy
+        toy.moved |= self.initial.keys() - (fixed or {}).keys()
         for client, whole in zip(self.clients, self._whole(now, fixed, expand), strict=True):
             toy.trained[client] = {n: t.clone() for n, t in whole.items()}
-            toy.bases[client] = {n: t.clone() for n, t in shared["base"].items()}
-        return Fit(now, loss / steps, steps)
+            toy.bases[client] = {n: t.clone() for n, t in (base or {}).items()}
+
+    def walk(
+        self,
+        start: Tree,
+        route: Route,
+        *,
+        fixed: Tree | None = None,
+        expand: Expand | None = None,
+        base: Tree | None = None,
+    ) -> Walk:
+        now, seeds, reach = start, route.seeds, route.reach
+        rates = torch.ones(seeds.shape) if route.factors is None else route.factors
+        moves, losses = [], []
+        for t in range(seeds.shape[1]):
+            z = {
+                name: normals(seeds[:, t], i, start[name][0].numel()).to(now[name])
+                for i, name in enumerate(sorted(start))
+            }
+            z = {name: value.view(now[name].shape) for name, value in z.items()}
+            ends = [
+                self._losses({n: x + s * z[n] for n, x in now.items()}, fixed, expand, base)
+                for s in (reach, -reach)
+            ]
+            difference = ends[0] - ends[1]
+            taken = torch.isfinite(difference) & (difference.abs() <= route.cap)
+            step = (self._toy.stride * rates[:, t] * difference / (2 * reach)).to(ends[0])
+            moves.append(torch.where(taken, step, 0.0))
+            losses.append(torch.where(taken, (ends[0] + ends[1]) / 2, math.nan))
+            own = {n: moves[t].view(-1, *[1] * (x.dim() - 1)) for n, x in now.items()}
+            now = {n: x - (own[n] * z[n]).to(x) for n, x in now.items()}
+        self._note(now, fixed, expand, base)
+        self._toy.walked = True
+        return Walk(now, torch.stack(moves, 1), torch.stack(losses, 1).nanmean(1))
 
     def _adjusted(
         self,

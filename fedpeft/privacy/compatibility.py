@@ -60,8 +60,6 @@ def uplink_codec(strategy: Strategy[Any]) -> Refusal:
     """``comms.up.codec``: replies are read as their codec left them."""
     if strategy.pools:
         return ALONE
-    if not strategy.shares:
-        return "its clients send nothing that is averaged: use comms.up.codec=none"
     return "" if strategy.codable else _EXACT.format("up")
 
 
@@ -69,13 +67,11 @@ def downlink_codec(strategy: Strategy[Any]) -> Refusal:
     """``comms.down.codec``: clients train from the model as its codec left it."""
     if strategy.pools:
         return ALONE
-    if strategy.keeps:
+    if strategy.folds:
         return (
-            "its clients keep what they are sent for good, and would keep every error: use "
+            "its clients fold what they are sent into their base, and would keep every error: use "
             "comms.down.codec=none"
         )
-    if not strategy.shares:
-        return "its clients are sent nothing that changes: use comms.down.codec=none"
     return "" if strategy.codable else _EXACT.format("down")
 
 

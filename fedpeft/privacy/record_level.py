@@ -10,6 +10,10 @@ with noise also where the batch is empty, and the expected number of examples be
 that came. What a client does with g (optimizer, proximal terms), and what the server does with the
 client's adapter, is post-processing. Clients' data are disjoint: the guarantee of each is its own,
 from q_k, z_k and the steps that it took part in.
+
+Clients that walk along public directions (``Cohort.walk``) release one number a step, the same sum
+of the examples' slopes, each clipped to [-C, C] (DP-ZO: Zhang et al., arXiv 2310.09639; Tang et
+al., arXiv 2401.04343). The directions are public, and the event of a step is the same.
 """
 
 from __future__ import annotations

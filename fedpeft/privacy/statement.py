@@ -14,6 +14,7 @@ from fedpeft.privacy.accountants import epsilon
 from fedpeft.privacy.client_level import ClientLevel
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.privacy.terms import Terms
+from fedpeft.strategy import load
 
 _RELATION = {
     "record": "one example of one client more or less",
@@ -137,9 +138,15 @@ def statement(terms: Terms, recipe: Recipe, ledger: Ledger) -> Statement:
 def _mechanism(terms: Terms, recipe: Recipe) -> str:
     privacy, mechanism = recipe.privacy, terms.mechanism
     if not isinstance(mechanism, ClientLevel):
+        how, what = (
+            "DP-SGD",
+            f"gradients clipped to {privacy.clip_norm:g} over all trainable tensors",
+        )
+        if load(str(recipe.strategy["name"])).walks:
+            how, what = "DP-ZO", f"slopes along public directions clipped to {privacy.clip_norm:g}"
         return (
-            f"DP-SGD in each client: Poisson batches, gradients clipped to {privacy.clip_norm:g} "
-            f"over all trainable tensors, noise by ChaCha20, expected batch size below"
+            f"{how} in each client: Poisson batches, {what}, noise by ChaCha20, expected batch "
+            f"size below"
         )
     how = f"multiplier {mechanism.noise_multiplier:.4g}, updates clipped to {privacy.clip_norm:g}"
     if mechanism.adaptive is not None:

@@ -23,6 +23,7 @@ from fedpeft.prepare import Prepared, build_strategy
 from fedpeft.privacy.client_level import ClientLevel
 from fedpeft.privacy.randomness import Randomness
 from fedpeft.privacy.record_level import RecordLevel
+from fedpeft.strategy import load
 from fedpeft.tree import Tree
 from tests.tiny import LORA, tiny_network, tiny_population
 
@@ -37,10 +38,11 @@ CLIENT = Privacy(unit="client", noise_multiplier=1.0)
 def recipe_of(strategy: str | Mapping[str, Any] = "fedavg", **changes: Any) -> Recipe:
     """A recipe of three rounds in which all clients weigh the same."""
     named = {"name": strategy} if isinstance(strategy, str) else dict(strategy)
+    walks = load(str(named["name"])).walks
     plain = Recipe(
         strategy=named,
         rounds=Rounds(count=3, weighting="equal"),
-        local=Local(optimizer="sgd", lr=0.1, batch_size=4),
+        local=Local(optimizer="sgd", lr=0.1, batch_size=4, steps=2 if walks else 0),
         engine=Engine(chunk=4, device="cpu", workers=1),
     )
     return dataclasses.replace(plain, **changes)

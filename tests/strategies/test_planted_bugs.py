@@ -24,6 +24,8 @@ from tests.strategies.planted_servers import (
     Momentum,
     Svd,
 )
+from tests.strategies.planted_walkers import HidesWalking, Steps
+from tests.strategies.test_fedkseed import rule_of
 from tests.strategies.toy import Arrays, Present, Toy, arrays
 
 
@@ -136,20 +138,32 @@ BUGS: list[tuple[Strategy[Any], Property]] = [
     (Twice("the second exchange is lost"), rule.one_client_is_local_training),
     (Twice("the first exchange is lost"), rule.one_client_is_local_training),
     (Alone(), rule.one_client_is_local_training),
+    (Steps(bug="the walk is ignored"), rule.one_client_is_local_training),
+    (Steps(bug="the other way"), rule.one_client_is_local_training),
+    (Steps(bug="the next seed"), rule.one_client_is_local_training),
+    (Steps(bug="a move is lost"), rule.one_client_is_local_training),
+    (Steps(bug="a of this round only"), rule.no_movement_changes_nothing),
+    (Steps(bug="clients forget a"), clients.personal_adapters_are_complete),
+    (Steps(bug="all moves of the first client"), clients.nothing_of_one_client_reaches_another),
+    (HidesWalking(), clients.what_clients_are_asked_is_declared),
     (Mean("weights ignored in lora"), agrees_with(mean_rule)),
     (Pulled("pushes away"), agrees_with(proximal_rule)),
     (Momentum("beta squared"), agrees_with(momentum_rule)),
+    (Steps(bug="draws of round 1"), agrees_with(rule_of("uniform"))),
+    (Steps(draw="pro", bug="moves times K p"), agrees_with(rule_of("pro"))),
 ]
 
 NEEDS_ORACLE = [
     (Mean("weights ignored in lora"), Mean(), mean_rule),
     (Pulled("pushes away"), Pulled(), proximal_rule),
     (Momentum("beta squared"), Momentum(), momentum_rule),
+    (Steps(bug="draws of round 1"), Steps(), rule_of("uniform")),
+    (Steps(draw="pro", bug="moves times K p"), Steps(draw="pro"), rule_of("pro")),
 ]
 
 RIGHT = [
     *(Mean(), Claim(), Clients(), History(), Frozen(), Svd(), Momentum(), Table(), Private()),
-    *(Folder(), Twice()),
+    *(Folder(), Twice(), Steps()),
 ]
 
 
@@ -166,7 +180,7 @@ def test_every_planted_bug_is_found(strategy: Strategy[Any], of: Property) -> No
 
 
 def test_there_are_at_least_20_bugs_each_another() -> None:
-    assert len(BUGS) >= 68
+    assert len(BUGS) >= 78
     assert len({repr(strategy) for strategy, _ in BUGS}) >= len(BUGS) - 1
     used = {of.__name__ for _, of in BUGS}
     assert len(used) >= 20, "the bugs need many properties, not one that refuses everything"
