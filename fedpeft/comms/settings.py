@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +17,7 @@ POSITIONED = ("topk", "compeft")
 """The codecs that send where the kept numbers are."""
 SPARSE = ("topk", "randk", "dare", "compeft")
 """The codecs that keep some of the numbers."""
+_MOST_ALPHA = 1000.0
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,10 @@ def _check_ranges(settings: Codec, where: str) -> None:
             f"{where}.rescale={settings.rescale}: DAREx-q divides by a number between "
             f"{where}.density={settings.density} and 1; 0 is the density."
         )
-    if not (settings.alpha >= 0 and math.isfinite(settings.alpha)):
-        raise FedpeftError(f"{where}.alpha={settings.alpha}: must be 0 (the best fit) or more.")
+    if not 0 <= settings.alpha <= _MOST_ALPHA:
+        raise FedpeftError(
+            f"{where}.alpha={settings.alpha}: must be 0 (the best fit) to {_MOST_ALPHA:g}."
+        )
     for name, most in (("block", 1 << 20), ("levels", 127), ("rank", 1 << 16)):
         value = getattr(settings, name)
         if not 1 <= value <= most:

@@ -13,10 +13,11 @@ import numpy as np
 from torch import Tensor
 
 from fedpeft.comms.codecs import compeft, dense, powersgd, sparse
-from fedpeft.comms.codecs.symbols import Sections, Shapes, Symbols, check_rows
+from fedpeft.comms.codecs.symbols import Sections, Shapes, Symbols, check_rows, encodable
 from fedpeft.comms.settings import Codec
+from fedpeft.errors import PayloadError
 
-__all__ = ["Symbols", "decode", "encode"]
+__all__ = ["Symbols", "decode", "encodable", "encode"]
 
 
 def encode(settings: Codec, matrix: Tensor, shapes: Shapes, seeds: Tensor) -> Symbols:
@@ -60,4 +61,6 @@ def decode(settings: Codec, arrays: Mapping[str, np.ndarray], shapes: Shapes) ->
         case _:
             raise ValueError("codec=none sends tensors as they are: there is nothing to decode")
     sections.end()
+    if not bool(found.isfinite().all()):
+        raise PayloadError("payload: its numbers are too large: what they make is NaN or Inf")
     return found

@@ -1,0 +1,105 @@
+"""PowerSGD (Vogels et al., arXiv 1905.13727) without a memory: each matrix as P Q^T of low rank.
+
+Every client has a P and a Q of its own, so that one message is enough; its receiver rebuilds each
+product before it averages. Two rounds of P = orthonormal(M Q), Q = M^T P from a seeded normal Q
+find the largest directions; M of rank <= r comes back whole. A tensor of n dimensions counts as a
+matrix of its first by all others. One whose factors would not be smaller is sent as it is, with the
+vectors. Sections: ``left`` and ``right``, the factors one after another; ``values``, the others.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedpeft import philox
+from fedpeft.comms.codecs.symbols import PLACES, Part, Raw, Sections, Shapes, Symbols
+from fedpeft.comms.codecs.values import CASTS, cast
+from fedpeft.comms.settings import Codec
+
+_ROUNDS = 2
+
+
+class _Plan(NamedTuple):
+    """A tensor as a matrix ``[high, wide]`` of rank ``rank``; rank 0: as it is."""
+
+    high: int
+    wide: int
+    rank: int
+
+
+def _plans(settings: Codec, shapes: Shapes) -> list[_Plan]:
+    found = []
+    for shape in shapes:
+        size = math.prod(shape)
+        high = shape[0] if len(shape) > 1 else size
+        wide = size // high if high else 0
+        pays = settings.rank * (high + wide) < size
+        found.append(_Plan(high, wide, settings.rank if pays else 0))
+    return found
+
+
+def encode(settings: Codec, matrix: Tensor, shapes: Shapes, seeds: Tensor) -> Symbols:
+    """See ``fedpeft.comms.codecs.encode``."""
+    plans, empty = _plans(settings, shapes), matrix[:, :0]
+    tensors = matrix.split([plan.high * plan.wide for plan in plans], dim=1)
+    left, right, rest, found = [empty], [empty], [empty], [empty]
+    for place, (plan, tensor) in enumerate(zip(plans, tensors, strict=True)):
+        if not plan.rank:
+            rest.append(cast(tensor, settings.values).float())
+            found.append(rest[-1])
+            continue
+        start = philox.normals(seeds, PLACES + place, plan.wide * plan.rank)
+        first, second = _factors(tensor.view(-1, *plan[:2]), start.view(-1, *plan[1:]))
+        first, second = (cast(t, settings.values).float() for t in (first, second))
+        left.append(first.flatten(1))
+        right.append(second.flatten(1))
+        found.append(_product(first, second).flatten(1))
+    parts = {"left": left, "right": right, "values": rest}
+    return Symbols(
+        tuple(_part(settings, name, own) for name, own in parts.items()), torch.cat(found, dim=1)
+    )
+
+
+def _part(settings: Codec, name: str, tensors: list[Tensor]) -> Part:
+    return Raw.of(name, cast(torch.cat(tensors, dim=1), settings.values))
+
+
+def _factors(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """P ``[K, m, r]`` with orthonormal columns, and Q ``[K, n, r]``, of matrices ``[K, m, n]``."""
+    second = start
+    for _ in range(_ROUNDS):
+        first = torch.linalg.qr(matrices @ second).Q
+        second = matrices.mT @ first
+    return first, second
+
+
+def _product(first: Tensor, second: Tensor) -> Tensor:
+    """P Q^T, ``[..., m, n]``, column by column, so that it is the same bits everywhere."""
+    found = first[..., :, None, 0] * second[..., None, :, 0]
+    for column in range(1, first.shape[-1]):
+        found += first[..., :, None, column] * second[..., None, :, column]
+    return found
+
+
+def decode(settings: Codec, sections: Sections, shapes: Shapes) -> Tensor:
+    """See ``fedpeft.comms.codecs.decode``."""
+    plans, dtype = _plans(settings, shapes), CASTS[settings.values]
+    lefts = [plan.high * plan.rank for plan in plans]
+    rights = [plan.wide * plan.rank for plan in plans]
+    others = [0 if plan.rank else plan.high * plan.wide for plan in plans]
+    left = sections.numbers("left", dtype, sum(lefts)).split(lefts)
+    right = sections.numbers("right", dtype, sum(rights)).split(rights)
+    rest = sections.numbers("values", dtype, sum(others)).split(others)
+    found = [torch.empty(0)]
+    for place, plan in enumerate(plans):
+        if not plan.rank:
+            found.append(rest[place])
+            continue
+        first = left[place].view(plan.high, plan.rank)
+        second = right[place].view(plan.wide, plan.rank)
+        found.append(_product(first, second).flatten())
+    return torch.cat(found)
