@@ -30,13 +30,12 @@ def encode(settings: Codec, matrix: Tensor) -> Symbols:
     """See ``fedpeft.comms.codecs.encode``."""
     size = matrix.shape[1]
     count = math.floor(share(settings.density, size))
-    magnitudes = matrix.abs()
-    mask = positions.largest(magnitudes, count)
-    if bool((magnitudes.masked_fill(~mask, 1) == 0).any()):
-        kept = Kept.of(mask & (magnitudes > 0))
-    else:
-        kept = Kept.of(mask, count)
+    mask = positions.largest(matrix.abs(), count)
+    kept = Kept.of(mask, count)
     own = kept.gather(matrix)
+    if bool((own == 0).any()):
+        kept = Kept.of(mask & (matrix != 0))
+        own = kept.gather(matrix)
     scale = cast(_scale(settings, matrix, own.abs(), kept.counts, count), "bf16")
     signs = own > 0
     wide = scale.float()[:, None]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedpeft.comms import bits
-from fedpeft.comms.codecs.symbols import Part, Sections
+from fedpeft.comms.codecs.symbols import Part, Sections, count_true
 from fedpeft.errors import PayloadError
 
 WAYS = ("bitmask", "golomb", "varint", "coo")
@@ -33,7 +33,7 @@ def largest(keys: Tensor, count: int) -> Tensor:
     else:
         least = keys.kthvalue(size - count + 1, dim=1, keepdim=True).values
     found = keys >= least
-    tied = (found.sum(dim=1) > count).nonzero()[:, 0]
+    tied = (count_true(found) > count).nonzero()[:, 0]
     if len(tied):
         own, edge = keys[tied], least[tied]
         above, equal = own > edge, own == edge
@@ -64,7 +64,7 @@ class Kept:
             index -= size * torch.arange(rows, device=mask.device)[:, None]
             return Kept(index, index.new_full((rows,), count), size, True)
         row, place = mask.nonzero(as_tuple=True)
-        counts = mask.sum(dim=1)
+        counts = count_true(mask)
         rank = torch.arange(len(row), device=mask.device) - (counts.cumsum(0) - counts)[row]
         most = int(counts.max()) if rows else 0
         index = torch.full((rows, most), size, device=mask.device)

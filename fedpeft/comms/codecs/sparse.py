@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpeft import philox
 from fedpeft.comms.codecs import positions, values
 from fedpeft.comms.codecs.positions import Kept, Positions
 from fedpeft.comms.codecs.symbols import (
@@ -20,6 +19,7 @@ from fedpeft.comms.codecs.symbols import (
     Symbols,
     share,
     size_of,
+    words,
 )
 from fedpeft.comms.settings import CAST, Codec, feeds_back
 from fedpeft.errors import PayloadError
@@ -47,11 +47,12 @@ def encode(settings: Codec, matrix: Tensor, shapes: Shapes, seeds: Tensor) -> Sy
 
 def _drawn(settings: Codec, seeds: Tensor, size: int) -> Kept:
     """The places that the seeds name."""
-    words = philox.words(seeds, PLACES, size)
+    drawn = words(seeds, PLACES, size)
     if settings.codec == "dare":
-        return Kept.of((words >> 8).float() < settings.density * 2.0**24)
+        most = math.ceil(share(settings.density, 1 << 24)) << 8
+        return Kept.of(torch.cat([part < most for part in drawn], dim=1))
     count = math.ceil(share(settings.density, size))
-    smallest = (2**31 - 1 - words).to(torch.int32)
+    smallest = torch.cat([(2**31 - 1 - part).to(torch.int32) for part in drawn], dim=1)
     return Kept.of(positions.largest(smallest, count), count)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpeft import philox
 from fedpeft.errors import PayloadError
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -45,6 +46,9 @@ ROUNDING = 1
 """The seeds' stream that values are rounded with."""
 PLACES = 2
 """The seeds' stream that says which numbers are kept."""
+
+_BLOCKS = 1 << 15
+"""Blocks of four words that are drawn at once."""
 
 
 class Part(ABC):
@@ -186,7 +190,25 @@ def share(density: float, size: int) -> Fraction:
 
 def encodable(matrix: Tensor) -> Tensor:
     """Which rows can be encoded, bool ``[K]``: no NaN or Inf, all numbers below LARGEST."""
-    return (matrix.abs() < LARGEST).all(dim=1)
+    if not matrix.shape[1]:
+        return matrix.new_ones(len(matrix), dtype=torch.bool)
+    least, most = matrix.aminmax(dim=1)
+    return (least > -LARGEST) & (most < LARGEST)
+
+
+def count_true(flags: Tensor) -> Tensor:
+    """How many are true in each row of ``[K, n]``, int64 ``[K]``."""
+    return flags.sum(dim=1, dtype=torch.int32).long()  # int64 sums take twenty times as long
+
+
+def words(seeds: Tensor, stream: int, count: int) -> Iterator[Tensor]:
+    """The first ``count`` words of every seed's stream in parts ``[K, some]``; see philox.words.
+
+    As many at once as are computed at once, so that they can be made smaller in the cache.
+    """
+    step = 4 * max(1, _BLOCKS // max(1, len(seeds)))
+    for first in range(0, max(1, count), step):
+        yield philox.words(seeds, stream, min(step, count - first), first)
 
 
 def check_rows(matrix: Tensor, shapes: Shapes, seeds: Tensor) -> None:

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedpeft import philox
 from fedpeft.comms import bits
-from fedpeft.comms.codecs.symbols import ROUNDING, Part, Raw, Sections
+from fedpeft.comms.codecs.symbols import ROUNDING, Part, Raw, Sections, count_true, words
 from fedpeft.comms.settings import Codec
 from fedpeft.errors import PayloadError
 
@@ -87,10 +86,10 @@ def quantise(settings: Codec, values: Tensor, seeds: Tensor) -> tuple[Tensor, Te
 
 def _rounding(seeds: Tensor, count: int) -> Tensor:
     """Uniform in (0, 1), float32 ``[K, count]``: middles of 2^16 cells, two to a word."""
-    own = philox.words(seeds, ROUNDING, (count + 1) // 2)
-    halves = torch.stack([own & 0xFFFF, own >> 16], dim=-1).flatten(1)[:, :count]
-    found: Tensor = (halves.float() + 0.5) * 2.0**-16
-    return found
+    drawn = words(seeds, ROUNDING, (count + 1) // 2)
+    halves = [torch.stack([part & 0xFFFF, part >> 16], dim=-1).flatten(1) for part in drawn]
+    found = torch.cat([part.float() for part in halves], dim=1)[:, :count]
+    return found.add_(0.5).mul_(2.0**-16)
 
 
 def _spread(codes: Tensor, steps: Tensor, block: int) -> Tensor:
@@ -101,7 +100,8 @@ def _spread(codes: Tensor, steps: Tensor, block: int) -> Tensor:
 def _blocks(values: Tensor, block: int) -> Tensor:
     """``[..., n]`` as ``[..., ceil(n / block), block]``, zeros at the end."""
     size = values.shape[-1]
-    return F.pad(values, (0, -size % block)).unflatten(-1, (-(-size // block), block))
+    found: Tensor = F.pad(values, (0, -size % block)).unflatten(-1, (-(-size // block), block))
+    return found
 
 
 def read(settings: Codec, sections: Sections, count: int) -> Tensor:
@@ -181,14 +181,27 @@ class Levels(Part):
 
 
 def _gamma_bits(codes: Tensor) -> Tensor:
-    """Bits of the codes that are not zero: gap plus one, magnitude, sign; int64 ``[K]``."""
-    row, place = codes.nonzero(as_tuple=True)
-    gaps = place.diff(prepend=place.new_full((1,), -1))
-    first = row.diff(prepend=row.new_full((1,), -1)) != 0
-    gaps = torch.where(first, place + 1, gaps)
-    magnitudes = codes[row, place].abs()
-    own = 2 * (bits.exponents(gaps) + bits.exponents(magnitudes)) + 3
-    return torch.zeros(len(codes), dtype=torch.int64, device=codes.device).index_add_(0, row, own)
+    """Bits of the codes that are not zero: gap plus one, magnitude, sign; int64 ``[K]``.
+
+    floor(log2 m) is the number of powers 2, 4, .. up to m; so the one of a gap plus one counts the
+    runs of 1, 3, 7, .. zeros that end just before the code.
+    """
+    kept, magnitudes = codes != 0, codes.abs()
+    found = 3 * count_true(kept)
+    for power in range(1, 7):
+        found += 2 * count_true(magnitudes >= 1 << power)
+    zero = _shifted(~kept, 1)
+    run, length = zero, 1
+    while bool(run.any()):
+        found += 2 * count_true(run & kept)
+        run = run & _shifted(run, length) & _shifted(zero, 2 * length)
+        length = 2 * length + 1
+    return found
+
+
+def _shifted(flags: Tensor, by: int) -> Tensor:
+    """``[K, n]`` moved to the right, false at the left."""
+    return F.pad(flags[:, : max(0, flags.shape[1] - by)], (min(by, flags.shape[1]), 0))
 
 
 def _read_levels(sections: Sections, count: int, levels: int) -> np.ndarray:
