@@ -70,11 +70,13 @@ def _part(settings: Codec, name: str, tensors: list[Tensor]) -> Part:
 
 def _factors(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """P ``[K, m, r]`` with orthonormal columns, and Q ``[K, n, r]``, of matrices ``[K, m, n]``."""
+    largest = matrices.abs().amax(dim=(1, 2), keepdim=True)
+    scaled = matrices / torch.where(largest > 0, largest, 1)  # nothing squared overflows
     second = start
     for _ in range(_ROUNDS):
-        first = torch.linalg.qr(matrices @ second).Q
-        second = matrices.mT @ first
-    return first, second
+        first = torch.linalg.qr(scaled @ second).Q
+        second = scaled.mT @ first
+    return first, second * largest
 
 
 def _product(first: Tensor, second: Tensor) -> Tensor:
