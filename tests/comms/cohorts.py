@@ -32,6 +32,8 @@ def every() -> list[Codec]:
     ):
         if density != 0.1 and name not in ("topk", "randk", "dare", "compeft"):
             continue
+        if density not in (0.1, 0.5) and (positions != "auto" or scope == "tensor"):
+            continue
         block = 256 if values in ("fp32", "fp16", "bf16") else 64
         levels = 4 if values == "qsgd" and density == 0.5 else 127
         settings = Codec(

@@ -26,7 +26,7 @@ SOME = [
 
 
 def test_every_codec_is_there() -> None:
-    assert len(ALL) > 300
+    assert len(ALL) > 150
     assert {s.codec for s in ALL} == {"dense", "topk", "randk", "dare", "compeft", "powersgd"}
 
 
