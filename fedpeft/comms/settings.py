@@ -102,7 +102,7 @@ def _check_ranges(settings: Codec, where: str) -> None:
         raise FedpeftError(
             f"{where}.alpha={settings.alpha}: must be 0 (the best fit) to {_MOST_ALPHA:g}."
         )
-    for name, most in (("block", 1 << 20), ("levels", 127), ("rank", 1 << 16)):
+    for name, most in (("block", 1 << 16), ("levels", 127), ("rank", 1 << 16)):
         value = getattr(settings, name)
         if not 1 <= value <= most:
             raise FedpeftError(f"{where}.{name}={value}: must be between 1 and {most}.")

@@ -215,6 +215,15 @@ def test_rounding_is_off_by_less_than_a_step_and_leaves_whole_steps(kind: str) -
         assert torch.allclose(again, whole, rtol=1e-6)
 
 
+def test_the_largest_number_is_never_rounded_beyond_the_last_step() -> None:
+    some = torch.arange(1, 1000).float()
+    beyond = some[some / (some * (1 / 127)) > 127]  # by a last bit, in float32
+    assert len(beyond)
+    row = beyond[:1].expand(1, 1_000_000)
+    found = restore(Codec(codec="dense", values="int8"), row)
+    assert bool(((found - row).abs() <= row / 127).all())
+
+
 def test_casts_are_the_nearest_numbers() -> None:
     matrix = torch.tensor([[1 / 3, -65519.0, 1e6, 1e-9, 2.0**90]])
     half = restore(Codec(codec="dense", values="fp16"), matrix)
