@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.engines import ROUNDS, prepared
 from benchmarks.ways import Way
-from benchmarks.workload import SEED, WORKLOADS
+from benchmarks.workload import SEED, WORKLOADS, Workload
 from fedpeft.data.clients import Clients
 from fedpeft.engine import play_round
 from fedpeft.prepare import Prepared
@@ -53,6 +53,20 @@ def server_seconds(whole: Prepared, name: str) -> float:
     return spent
 
 
+def whole_rounds(workload: Workload, clients: int, threads: int) -> tuple[Prepared, list[float]]:
+    """A run of the workload's first clients, and the seconds of three whole FedAvg rounds."""
+    whole = prepared(workload, Way("cohort", 1, threads))
+    some = Clients.of(list(whole.population.clients)[:clients])
+    whole = dataclasses.replace(
+        whole, population=dataclasses.replace(whole.population, clients=some)
+    )
+    state, seconds = whole.strategy.init(whole.problem), []
+    for number in (1, 2, 3):
+        state, report = play_round(whole.strategy, state, whole.federation(), ROUNDS, SEED, number)
+        seconds.append(report.seconds)
+    return whole, seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--workload", default="A", choices=sorted(WORKLOADS))
@@ -61,18 +75,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    workload = WORKLOADS[asked.workload]
-    whole = prepared(workload, Way("cohort", 1, asked.threads))
-    some = Clients.of(list(whole.population.clients)[: asked.clients])
-    whole = dataclasses.replace(
-        whole, population=dataclasses.replace(whole.population, clients=some)
-    )
-    state, seconds = whole.strategy.init(whole.problem), []
-    for number in (1, 2, 3):
-        state, report = play_round(whole.strategy, state, whole.federation(), ROUNDS, SEED, number)
-        seconds.append(report.seconds)
+    whole, seconds = whole_rounds(WORKLOADS[asked.workload], asked.clients, asked.threads)
     whole_round = sorted(seconds)[1]
-    print(f"a round of FedAvg, {len(some)} clients: {whole_round:.2f} s")
+    print(f"a round of FedAvg, {len(whole.population.clients)} clients: {whole_round:.2f} s")
     print("| strategy | server, s | share of a round | bar |\n| --- | --- | --- | --- |")
     found = {}
     for name in available():
@@ -85,7 +90,7 @@ def main() -> None:
             f"| {name} | {found[name]:.3f} | {100 * share:.1f} % | {100 * bar:.0f} %: {verdict} |"
         )
     if asked.out:
-        figures = {"round": seconds, "server": found, "clients": len(some)}
+        figures = {"round": seconds, "server": found, "clients": len(whole.population.clients)}
         asked.out.write_text(
             json.dumps({"environment": environment.describe(), **figures}, indent=1) + "\n"
         )

@@ -29,6 +29,7 @@ def encode(settings: Codec, matrix: Tensor, shapes: Shapes, seeds: Tensor) -> Sy
     ValueError for ``codec=none``, which has no payload, and for shapes that are not the matrix's.
     """
     check_rows(matrix, shapes, seeds)
+    seeds = seeds.to(matrix.device)
     match settings.codec:
         case "dense":
             return dense.encode(settings, matrix, seeds)

@@ -102,7 +102,7 @@ def _check_ranges(settings: Codec, where: str) -> None:
         raise FedpeftError(
             f"{where}.alpha={settings.alpha}: must be 0 (the best fit) to {_MOST_ALPHA:g}."
         )
-    for name, most in (("block", 1 << 20), ("levels", 127), ("rank", 1 << 16)):
+    for name, most in (("block", 1 << 16), ("levels", 127), ("rank", 1 << 16)):
         value = getattr(settings, name)
         if not 1 <= value <= most:
             raise FedpeftError(f"{where}.{name}={value}: must be between 1 and {most}.")
@@ -149,8 +149,8 @@ def _check_feedback(settings: Codec, where: str) -> None:
         )
     if settings.values == "qsgd" and settings.levels**2 < settings.block:
         raise FedpeftError(
-            f"{where}.feedback=always with {where}.levels={settings.levels}: what is fed back would "
-            f"grow unless levels is at least the root of {where}.block={settings.block}."
+            f"{where}.feedback=always with {where}.levels={settings.levels}: what is fed back "
+            f"would grow unless levels is at least the root of {where}.block={settings.block}."
         )
 
 

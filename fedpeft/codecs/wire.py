@@ -141,16 +141,26 @@ def _sections(body: bytes) -> dict[str, np.ndarray]:
 
 
 def expect(
-    header: Header, *, codec: str, base: str, schema: str, round: int, reference: int | None = None
+    header: Header,
+    *,
+    base: str,
+    schema: str,
+    round: int,
+    codec: str | None = None,
+    reference: int | None = None,
 ) -> None:
     """Raises PayloadError, which names the first that differs, for a payload of something else."""
-    wanted = {"codec": codec, "base": base, "schema": schema, "round": round}
-    if reference is not None:
-        wanted["reference"] = reference
+    wanted = {
+        "codec": codec,
+        "base": base,
+        "schema": schema,
+        "round": round,
+        "reference": reference,
+    }
     for name, value in wanted.items():
         found = getattr(header, name)
-        if found != value:
-            raise PayloadError(f"payload: {name} {found!r}, expected {value!r}")
+        if value is not None and found != value:
+            raise PayloadError(f"payload: {name} {found!r}, expected {value!r}: it is not for this")
 
 
 class _Texts(NamedTuple):

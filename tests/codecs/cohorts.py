@@ -32,6 +32,8 @@ def every() -> list[Codec]:
     ):
         if density != 0.1 and name not in ("topk", "randk", "dare", "compeft"):
             continue
+        if density not in (0.1, 0.5) and (positions != "auto" or scope == "tensor"):
+            continue
         block = 256 if values in ("fp32", "fp16", "bf16") else 64
         levels = 4 if values == "qsgd" and density == 0.5 else 127
         settings = Codec(
@@ -48,7 +50,7 @@ def every() -> list[Codec]:
     more = [
         Codec(codec="dense", values="qsgd", levels=1),
         Codec(codec="dare", rescale=0.7),
-        Codec(codec="randk", feedback="on"),
+        Codec(codec="randk", feedback="always"),
         Codec(codec="compeft", alpha=2.0, density=0.3),
         Codec(codec="powersgd", values="fp16", rank=1),
         Codec(codec="powersgd", rank=1000),
