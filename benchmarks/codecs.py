@@ -19,8 +19,9 @@ from torch import Tensor
 
 from benchmarks.server_step import whole_rounds
 from benchmarks.workload import WORKLOADS
+from fedpeft import codecs
+from fedpeft.codecs import wire
 from fedpeft.codecs.settings import Codec, check_codec
-from fedpeft.comms import codecs, wire
 from fedpeft.record import environment
 from fedpeft.tree import Layout
 

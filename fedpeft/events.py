@@ -33,6 +33,7 @@ class Outcome:
 class Summary:
     """The end of a run: the table's rows in order, rounds done, where the adapter is.
 
+    dense: bytes of as many messages with all trainable numbers as float32, names not counted.
     privacy: the privacy statement, line by line; empty without privacy.
     """
 
@@ -44,6 +45,7 @@ class Summary:
     folder: str
     adapter: str
     seconds: float
+    dense: int = 0
     privacy: tuple[str, ...] = ()
 
 

@@ -46,7 +46,7 @@ def run(recipe: Recipe, watcher: Watcher) -> Summary:
     folder = RunFolder.create(Path(recipe.output.folder), recipe.output.overwrite)
     folder.describe(dump_recipe(prepared.resolved()), prepared.population.fingerprint)
     state = prepared.strategy.init(prepared.problem)
-    extra = _extra(Ledger(), 0, 0, 0.0) | {"base": prepared.network.digest}
+    extra = _extra(Ledger(), 0, 0, 0, 0.0) | {"base": prepared.network.digest}
     with guarded(prepared, folder) as guard:
         job = _Job(prepared, folder, watcher, Checkpoint(0, state, {}, extra), guard, purse)
         job.save()
@@ -96,8 +96,11 @@ def guarded(
         guard.close()
 
 
-def _extra(ledger: Ledger, excluded: int, dropped: int, seconds: float) -> dict[str, Any]:
-    books = {"excluded": excluded, "dropped": dropped, "seconds": seconds}
+def _extra(
+    ledger: Ledger, messages: int, excluded: int, dropped: int, seconds: float
+) -> dict[str, Any]:
+    """A run's running totals, as a checkpoint holds them."""
+    books = {"excluded": excluded, "dropped": dropped, "seconds": seconds, "messages": messages}
     return {"down": dict(ledger.down), "up": dict(ledger.up), **books}
 
 
@@ -209,10 +212,12 @@ class _Job:
         before = dict(self.at.extra)
         ledger = Ledger(dict(before["down"]), dict(before["up"]))
         ledger.add(report.down, report.up)
+        messages = sum(len(entry.clients) for entry in (*report.sent, *report.came))
         return (
             before
             | _extra(
                 ledger,
+                before["messages"] + messages,
                 before["excluded"] + len(report.excluded),
                 before["dropped"] + len(report.dropped),
                 before["seconds"] + report.seconds,
@@ -292,6 +297,7 @@ class _Job:
             rounds=self.at.round,
             excluded=self.at.extra["excluded"],
             dropped=self.at.extra["dropped"],
+            dense=4 * self.prepared.network.layout.size * self.at.extra["messages"],
             folder=str(self.folder.path),
             adapter=str(self.folder.adapter) if adapter else "",
             seconds=time.perf_counter() - began,

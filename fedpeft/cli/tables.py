@@ -120,8 +120,10 @@ def _traffic(found: Plan) -> Group:
     table.add_row("whole run", *(units.size(sum(way.values())) for way in ways))
     total = sum(sends.down.values()) + sum(sends.up.values())
     sure = "exactly" if sends.exact else "about"
-    less = f"1/{sends.dense / total:,.3g} of all numbers as float32" if total else "none"
-    return Group(table, "", _pair("both ways", f"{sure} {total:,} bytes, {less}"))
+    lines = [_pair("both ways", f"{sure} {total:,} bytes")]
+    if total:
+        lines.append(_pair("that is", units.shares(sends.dense, total)))
+    return Group(table, "", *lines)
 
 
 def at_once(found: Plan) -> int:

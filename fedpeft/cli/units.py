@@ -30,6 +30,16 @@ def total(kinds: Mapping[str, int]) -> str:
     return size(sum(kinds.values())) if kinds else NOTHING
 
 
+def shares(dense: int, sent: int) -> str:
+    """What was sent, as shares of the same numbers uncompressed; dense: their bytes as float32.
+
+    >>> shares(1000, 10)
+    '1 % of uncompressed float32, 2 % of float16'
+    """
+    single, half = 100 * sent / dense, 200 * sent / dense
+    return f"{single:,.3g} % of uncompressed float32, {half:,.3g} % of float16"
+
+
 def percent(share: float, digits: int = 1) -> str:
     """A share of one.
 

@@ -127,6 +127,11 @@ class Lines(Watcher):
         missing = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
         lost = f"; replies missing: {missing}" if missing else ""
         self._say(f"{summary.rounds} rounds; {units.clock(summary.seconds)} in all{lost}")
+        sent = next(
+            (sum((*row.down.values(), *row.up.values())) for row in summary.rows if row.up), 0
+        )
+        if sent:
+            self._say(f"sent, both ways: {units.size(sent)}, {units.shares(summary.dense, sent)}")
         for line in summary.privacy:
             self._say(line, "bold red" if line.startswith("VOID") else "", indent=2)
         if summary.adapter:
