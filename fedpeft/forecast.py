@@ -128,6 +128,7 @@ class _Cohort(Cohort):
         self.clients = clients
         self.weights = torch.ones(len(clients), dtype=torch.float64)
         self.initial = prepared.network.initial
+        self.lr = prepared.recipe.local.lr
         self.round = round
         self._layers = prepared.network.scaling
         self._weight = prepared.problem.weight
@@ -143,6 +144,7 @@ class _Cohort(Cohort):
         own: Mapping[str, Tree] | None = None,
         expand: Expand | None = None,
         base: Tree | None = None,
+        steps: int | None = None,
     ) -> Fit:
         none = torch.zeros(len(self.clients))
         moved = {name: value + 1e-3 * self._noise(value) for name, value in start.items()}

@@ -241,6 +241,17 @@ def local_of(recipe: Recipe) -> Local:
     return dataclasses.replace(recipe.local, clip_norm=recipe.privacy.clip_norm, clip_per="example")
 
 
+def check_local(recipe: Recipe, strategy: Strategy[Any]) -> None:
+    """Raises FedpeftError where ``local`` is not what the strategy's rule needs."""
+    for key, wanted in strategy.needs().items():
+        found = vars(recipe.local)[key]
+        if found != wanted:
+            raise FedpeftError(
+                f"local.{key}={found!r} with strategy.name={recipe.strategy.get('name')!r}: its "
+                f"rule holds for local.{key}={wanted} alone. Set that, or use another strategy."
+            )
+
+
 def device_of(name: str) -> torch.device:
     """The device of ``engine.device``. Raises FedpeftError when CUDA is asked for and absent."""
     if name == "auto":
@@ -276,6 +287,7 @@ def prepare(recipe: Recipe) -> Prepared:
         torch.set_num_threads(recipe.engine.threads)
     strategy = build_strategy(recipe)
     check_compatible(recipe, strategy)
+    check_local(recipe, strategy)
     tokenizer = load_tokenizer(recipe.model, recipe.data.task)
     population = build_population(recipe.data, recipe.partition, tokenizer, recipe.seed)
     bad = attackers(recipe.attack, population.clients.names, recipe.seed)

@@ -45,24 +45,10 @@ from torch import Tensor
 
 from fedpeft.errors import FedpeftError, suggest
 from fedpeft.message import Message, Messages, Replies, gather, weighted_mean
+from fedpeft.training import Adjust, Cohort, Expand, Fit
 from fedpeft.tree import Tree
 
 S = TypeVar("S")
-
-Adjust = Callable[[Tree, Tree, Mapping[str, Tree]], Tree]
-"""``(gradient, adapter, own) -> gradient``, all stacked; applied after clipping, before the step.
-
-Its rows are the clients that step together, which may be some of the cohort's; ``own`` holds the
-same clients' rows of the trees that ``Cohort.fit`` was given under that name.
-"""
-
-Expand = Callable[[Tree], Tree]
-"""``trained -> the model's own trainable tensors``, stacked, row by row, differentiable.
-
-What is trained may be other tensors than the model's: a core R with ``lora_B = B R``, the leading
-rows of a factor. What works on tensors (steps, clipping, ``adjust``) works on what is trained. Rows
-are the clients of a step, or examples: never mix them.
-"""
 
 
 def _no_weight(layer: str) -> Tensor:
@@ -101,108 +87,6 @@ class Problem:
     seed: int
     weight: Callable[[str], Tensor] = _no_weight
     public_gradients: Callable[[], Tree] = _nothing_public
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The result of local training.
-
-    adapter: stacked, the names that ``fit`` was given. loss: mean training loss over the steps,
-    nats per example or token, ``[K]``; NaN under privacy. steps: optimizer steps, ``[K]``.
-    """
-
-    adapter: Tree
-    loss: Tensor
-    steps: Tensor
-
-
-class Cohort(ABC):
-    """K clients that train in lockstep on one shared frozen model, each on its own data.
-
-    clients: their names. weights: aggregation weights ``[K]`` (float64) as the recipe says.
-    initial: every trainable tensor as peft initialised it, unstacked; never to be written.
-    Nothing of one client can reach another through a cohort.
-    """
-
-    clients: tuple[str, ...]
-    weights: Tensor
-    initial: Tree
-
-    @abstractmethod
-    def fit(
-        self,
-        start: Tree,
-        *,
-        fixed: Tree | None = None,
-        adjust: Adjust | None = None,
-        own: Mapping[str, Tree] | None = None,
-        expand: Expand | None = None,
-        base: Tree | None = None,
-    ) -> Fit:
-        """Local training from ``start`` (stacked) with the recipe's optimizer, steps and batches.
-
-        Exactly the tensors of ``start`` are trained; ``fixed`` (unstacked) holds the model's other
-        trainable tensors, the same for all clients. Together they must name every trainable tensor
-        of the model; with ``expand`` what it makes of ``start`` counts in place of ``start``.
-        ``adjust`` maps the clipped gradient, e.g. a proximal term; what it needs of each client
-        (stacked trees) comes through ``own``, never from outside. ``base`` changes the frozen
-        weights for this call: LoRA layer -> dense update ``[d_out, d_in]``, the same for all
-        clients.
-        """
-
-    @abstractmethod
-    def gradients(
-        self,
-        at: Tree,
-        *,
-        fixed: Tree | None = None,
-        expand: Expand | None = None,
-        base: Tree | None = None,
-    ) -> Tree:
-        """The gradient of each client's mean loss over all its training data by ``at``, stacked."""
-
-    @abstractmethod
-    def losses(
-        self,
-        at: Tree,
-        *,
-        fixed: Tree | None = None,
-        expand: Expand | None = None,
-        base: Tree | None = None,
-    ) -> Tensor:
-        """Each client's mean loss over all its training data, ``[K]``; forward only."""
-
-    @abstractmethod
-    def weight_gradients(self, at: Tree, *, fixed: Tree | None = None) -> Tree:
-        """The gradient of each client's mean loss by the frozen weights of all LoRA layers.
-
-        LoRA layer -> ``[K, d_out, d_in]``, dense, on the CPU: K times the adapted weights.
-        """
-
-    @abstractmethod
-    def recall(self, name: str, default: Tree) -> Tree:
-        """The clients' private memory ``name``, stacked; ``default``'s rows where there is none."""
-
-    @abstractmethod
-    def remember(self, name: str, value: Tree) -> None:
-        """Keeps ``value`` (stacked) as the clients' private memory ``name`` for later rounds."""
-
-    @abstractmethod
-    def keep(self, name: str, version: int, value: Tree) -> None:
-        """The clients keep ``value`` (unstacked) as version ``version`` of ``name``, from 1 up.
-
-        For what the server gives to everybody and a client need not be sent twice: changes of the
-        frozen base, a basis. Public, and one copy for all clients of a process. A version stands
-        for one value: what is given for a version that somebody here keeps is not looked at.
-        """
-
-    @abstractmethod
-    def kept(self, name: str, since: int) -> tuple[int, Tree]:
-        """The newest version of ``name`` that is kept here, and its value; ``(0, {})`` if none.
-
-        Raises FedpeftError where a client keeps a version older than ``since``. A client that keeps
-        ``since`` may be given a newer one: in one process, others may have brought it there.
-        """
 
 
 def group_by(clients: Sequence[str], key: Callable[[str], int]) -> list[tuple[str, ...]]:
@@ -265,8 +149,15 @@ class Strategy(ABC, Generic[S]):
         """The global adapter that the state stands for: every trainable tensor of the model."""
 
     def asks(self) -> frozenset[str]:
-        """Which of ``gradients``, ``losses``, ``weight_gradients`` the clients are asked for."""
+        """Which of ``gradients``, ``losses``, ``weight_gradients`` the clients are asked for.
+
+        And ``steps``, where ``train`` gives ``Cohort.fit`` a number of its own.
+        """
         return frozenset()
+
+    def needs(self) -> Mapping[str, object]:
+        """What the recipe's ``local`` must say for the rule to hold: setting -> its value."""
+        return {}
 
     def groups(self, state: S, clients: Sequence[str]) -> list[tuple[str, ...]]:
         """A round's clients, divided so that within a group messages have equal names and shapes.
