@@ -111,8 +111,10 @@ class _Still:
 
     def _reply(self, round: int, sent: Messages) -> Messages:
         cohort = _Cohort(self._prepared, sent.clients, round, (self._memory, self._shelf))
-        reply = self._prepared.strategy.train(sent, cohort)
-        return self._prepared.settings.leaving.leave(sent, reply, cohort)
+        trained = self._prepared.strategy.train(sent, cohort)
+        reply = self._prepared.settings.leaving.leave(sent, trained, cohort)
+        self._prepared.strategy.left(sent, reply, cohort)
+        return reply
 
 
 class _Cohort(Cohort):

@@ -17,6 +17,7 @@ from fedpeft import sampling
 from fedpeft.attacks.settings import Attack
 from fedpeft.attacks.tampering import attackers
 from fedpeft.base import check_foldable, gradients_by_weight, pretrained
+from fedpeft.codecs.settings import feeds_back
 from fedpeft.cohort.choose import choose_lane
 from fedpeft.cohort.chunk import choose
 from fedpeft.cohort.federation import CohortFederation, Settings
@@ -241,14 +242,15 @@ def local_of(recipe: Recipe) -> Local:
     return dataclasses.replace(recipe.local, clip_norm=recipe.privacy.clip_norm, clip_per="example")
 
 
-def check_local(recipe: Recipe, strategy: Strategy[Any]) -> None:
-    """Raises FedpeftError where ``local`` is not what the strategy's rule needs."""
+def check_needs(recipe: Recipe, strategy: Strategy[Any]) -> None:
+    """Raises FedpeftError where the recipe is not what the strategy's rule needs."""
+    known = {f"local.{key}": value for key, value in vars(recipe.local).items()}
+    known["comms.up.feedback"] = "on" if feeds_back(recipe.comms.up) else "off"
     for key, wanted in strategy.needs().items():
-        found = vars(recipe.local)[key]
-        if found != wanted:
+        if known[key] != wanted:
             raise FedpeftError(
-                f"local.{key}={found!r} with strategy.name={recipe.strategy.get('name')!r}: its "
-                f"rule holds for local.{key}={wanted} alone. Set that, or use another strategy."
+                f"{key}={known[key]} with strategy.name={recipe.strategy.get('name')!r}: its rule "
+                f"holds for {key}={wanted} alone. Set that, or use another strategy."
             )
 
 
@@ -287,7 +289,7 @@ def prepare(recipe: Recipe) -> Prepared:
         torch.set_num_threads(recipe.engine.threads)
     strategy = build_strategy(recipe)
     check_compatible(recipe, strategy)
-    check_local(recipe, strategy)
+    check_needs(recipe, strategy)
     tokenizer = load_tokenizer(recipe.model, recipe.data.task)
     population = build_population(recipe.data, recipe.partition, tokenizer, recipe.seed)
     bad = attackers(recipe.attack, population.clients.names, recipe.seed)

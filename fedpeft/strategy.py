@@ -156,8 +156,14 @@ class Strategy(ABC, Generic[S]):
         return frozenset()
 
     def needs(self) -> Mapping[str, object]:
-        """What the recipe's ``local`` must say for the rule to hold: setting -> its value."""
+        """What the recipe must say for the rule to hold: ``local.*`` or ``comms.up.feedback``."""
         return {}
+
+    def left(self, messages: Messages, reply: Messages, cohort: Cohort) -> None:
+        """On the clients, after ``train``: what leaves them, as the server will read it.
+
+        That is what a codec makes of the reply: for a rule by which clients remember what arrives.
+        """
 
     def groups(self, state: S, clients: Sequence[str]) -> list[tuple[str, ...]]:
         """A round's clients, divided so that within a group messages have equal names and shapes.

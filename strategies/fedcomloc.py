@@ -12,8 +12,8 @@ equal weights or everybody there). While nobody was ever away s is x_0 - x, whic
 nothing but x travels; from then on s is sent as well.
 
 Compression: ``Local`` is ``density`` here, ``Com`` the recipe's ``comms.up`` and ``Global`` its
-``comms.down``. These code changes, not weights, and s_i counts what client i trained, not what
-arrived: of what a biased codec loses, h_i keep a mean that is not zero.
+``comms.down``; these code changes where the paper codes weights. As there, h_i goes by the x_i that
+arrives: what a codec loses comes back through h_i, so that error feedback would count it twice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from fedpeft.errors import FedpeftError
 from fedpeft.strategy import Cohort, Message, Messages, Problem, Replies, Strategy
 from fedpeft.streams import numpy_stream
-from fedpeft.tree import RunningMean, Tree, add, scale, sub, zeros_like
+from fedpeft.tree import RunningMean, Tree, add, finite_rows, scale, sub, zeros_like
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ class FedComLoc(Strategy[State]):
         return frozenset({"steps"})
 
     def needs(self) -> Mapping[str, object]:
-        plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}
-        return {**plain, "schedule": "constant", "warmup": 0.0, "steps": round(1 / self.pi)}
+        plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
+        local = {**plain, "warmup": 0.0, "steps": round(1 / self.pi)}
+        return {f"local.{key}": x for key, x in local.items()} | {"comms.up.feedback": "off"}
 
     def init(self, problem: Problem) -> State:
         moved = zeros_like(problem.initial)
@@ -93,8 +94,16 @@ class FedComLoc(Strategy[State]):
             expand=self._largest if self.density < 1 else None,
             steps=int(messages.scalars["steps"][0]),
         )
-        cohort.remember("moved", add(before, sub(start, fit.adapter)))
         return messages.reply({"adapter": fit.adapter}, weight=cohort.weights, loss=fit.loss)
+
+    def left(self, messages: Messages, reply: Messages, cohort: Cohort) -> None:
+        start, after = messages.trees["adapter"], reply.trees["adapter"]
+        counts = finite_rows(after)  # else the server excludes it
+        moved = {
+            name: torch.where(counts.view(-1, *[1] * (x.dim() - 1)), x - after[name], 0.0)
+            for name, x in start.items()
+        }
+        cohort.remember("moved", add(cohort.recall("moved", zeros_like(start)), moved))
 
     def expects(self, sent: Message) -> Mapping[str, Tree]:
         return {"adapter": sent.trees["adapter"]}
