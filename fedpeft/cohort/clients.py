@@ -175,7 +175,7 @@ class TorchCohort(Cohort):
         """The clients' batches of this round, of equal width; of so many steps, if that is said."""
         info, local = self._info, self._trainer.gradients.local
         if steps is not None:
-            self._refuse_if_private("steps, a number of its own,")
+            self._refuse_if_private("steps")
             if steps < 1:
                 raise ValueError(f"steps={steps}: a client takes at least one")
             local = replace(local, steps=steps)

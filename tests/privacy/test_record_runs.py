@@ -106,6 +106,12 @@ def test_nothing_but_training_is_answered(what: str) -> None:
         ask.get(what, cohort().weight_gradients)(start())
 
 
+def test_a_number_of_steps_of_its_own_is_refused() -> None:
+    """The noise is made for the recipe's."""
+    with pytest.raises(FedpeftError, match="clients' steps, which no noise covers"):
+        cohort().fit(start(), steps=3)
+
+
 def test_a_second_training_within_a_round_is_refused() -> None:
     """The ledger is charged one: two would be twice the steps."""
     own = cohort()
