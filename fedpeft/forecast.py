@@ -162,7 +162,9 @@ class _Still:
         sent, own = all_sent.rows([0]), (self._memory, self._shelf)
         cohort = _Cohort(self._prepared, sent.clients, all_sent.clients, round, own)
         reply = self._prepared.strategy.train(sent, cohort)
-        return self._prepared.settings.leaving.leave(sent, reply, cohort)
+        left = self._prepared.settings.leaving.leave(sent, reply, cohort)
+        self._prepared.strategy.left(sent, left, cohort)
+        return left
 
 
 class _Cohort(Cohort):
@@ -179,6 +181,7 @@ class _Cohort(Cohort):
         self.clients = clients
         self.weights = torch.ones(len(clients), dtype=torch.float64)
         self.initial = prepared.network.initial
+        self.lr = prepared.recipe.local.lr
         self.round = round
         self._keepers = keepers
         self._layers = prepared.network.scaling
@@ -195,6 +198,7 @@ class _Cohort(Cohort):
         own: Mapping[str, Tree] | None = None,
         expand: Expand | None = None,
         base: Tree | None = None,
+        steps: int | None = None,
     ) -> Fit:
         none = torch.zeros(len(self.clients))
         moved = {name: value + 1e-3 * self._noise(value) for name, value in start.items()}

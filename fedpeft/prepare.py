@@ -17,6 +17,7 @@ from fedpeft import sampling
 from fedpeft.attacks.settings import Attack
 from fedpeft.attacks.tampering import attackers
 from fedpeft.base import check_foldable, gradients_by_weight, pretrained
+from fedpeft.codecs.settings import feeds_back
 from fedpeft.cohort.choose import choose_lane
 from fedpeft.cohort.chunk import choose
 from fedpeft.cohort.federation import CohortFederation, Settings
@@ -245,6 +246,18 @@ def local_of(recipe: Recipe) -> Local:
     return dataclasses.replace(recipe.local, clip_norm=recipe.privacy.clip_norm, clip_per="example")
 
 
+def check_needs(recipe: Recipe, strategy: Strategy[Any]) -> None:
+    """Raises FedpeftError where the recipe is not what the strategy's rule needs."""
+    known = {f"local.{key}": value for key, value in vars(recipe.local).items()}
+    known["comms.up.feedback"] = "always" if feeds_back(recipe.comms.up) else "never"
+    for key, wanted in strategy.needs().items():
+        if known[key] != wanted:
+            raise FedpeftError(
+                f"{key}={known[key]} with strategy.name={recipe.strategy.get('name')!r}: its rule "
+                f"holds for {key}={wanted} alone. Set that, or use another strategy."
+            )
+
+
 def device_of(name: str) -> torch.device:
     """The device of ``engine.device``. Raises FedpeftError when CUDA is asked for and absent."""
     if name == "auto":
@@ -282,6 +295,7 @@ def prepare(recipe: Recipe) -> Prepared:
     check_compatible(recipe, strategy)
     if strategy.walks:
         check_walk(recipe.local)
+    check_needs(recipe, strategy)
     tokenizer = load_tokenizer(recipe.model, recipe.data.task)
     population = build_population(recipe.data, recipe.partition, tokenizer, recipe.seed)
     bad = attackers(recipe.attack, population.clients.names, recipe.seed)

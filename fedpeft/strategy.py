@@ -157,8 +157,21 @@ class Strategy(ABC, Generic[S]):
         """The global adapter that the state stands for: every trainable tensor of the model."""
 
     def asks(self) -> frozenset[str]:
-        """Which of ``gradients``, ``losses``, ``weight_gradients`` the clients are asked for."""
+        """Which of ``gradients``, ``losses``, ``weight_gradients`` the clients are asked for.
+
+        And ``steps``, where ``train`` gives ``Cohort.fit`` a number of its own.
+        """
         return frozenset()
+
+    def needs(self) -> Mapping[str, object]:
+        """What the recipe must say for the rule to hold: ``local.*`` or ``comms.up.feedback``."""
+        return {}
+
+    def left(self, messages: Messages, reply: Messages, cohort: Cohort) -> None:
+        """On the clients, after ``train``: what leaves them, as the server will read it.
+
+        That is what a codec makes of the reply: for a rule by which clients remember what arrives.
+        """
 
     def groups(self, state: S, clients: Sequence[str]) -> list[tuple[str, ...]]:
         """A round's clients, divided so that within a group messages have equal names and shapes.

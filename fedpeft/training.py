@@ -76,13 +76,15 @@ class Cohort(ABC):
     """K clients that train in lockstep on one shared frozen model, each on its own data.
 
     clients: their names. weights: aggregation weights ``[K]`` (float64) as the recipe says.
-    initial: every trainable tensor as peft initialised it, unstacked; never to be written.
+    initial: every trainable tensor as peft initialised it, unstacked; never to be written. lr: the
+    recipe's learning rate, which under plain SGD is the size of every step.
     Nothing of one client can reach another through a cohort.
     """
 
     clients: tuple[str, ...]
     weights: Tensor
     initial: Tree
+    lr: float
 
     @abstractmethod
     def fit(
@@ -94,6 +96,7 @@ class Cohort(ABC):
         own: Mapping[str, Tree] | None = None,
         expand: Expand | None = None,
         base: Tree | None = None,
+        steps: int | None = None,
     ) -> Fit:
         """Local training from ``start`` (stacked) with the recipe's optimizer, steps and batches.
 
@@ -103,7 +106,7 @@ class Cohort(ABC):
         ``adjust`` maps the clipped gradient, e.g. a proximal term; what it needs of each client
         (stacked trees) comes through ``own``, never from outside. ``base`` changes the frozen
         weights for this call: LoRA layer -> dense update ``[d_out, d_in]``, the same for all
-        clients.
+        clients. ``steps`` is the number of steps in place of the recipe's, the same for all.
         """
 
     @abstractmethod

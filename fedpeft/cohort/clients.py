@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -57,6 +57,7 @@ class TorchCohort(Cohort):
         self.clients = tuple(client.name for client in data)
         self.weights = weights
         self.initial = network.initial
+        self.lr = trainer.gradients.local.lr
         self._network = network
         self._trainer = trainer
         self._data = list(data)
@@ -73,9 +74,10 @@ class TorchCohort(Cohort):
         own: Mapping[str, Tree] | None = None,
         expand: Expand | None = None,
         base: Tree | None = None,
+        steps: int | None = None,
     ) -> Fit:
         self._place(start, fixed, expand)
-        plans, noisy, progress = self._plans(), self._noisy(), self._info.progress
+        plans, noisy, progress = self._plans(steps), self._noisy(), self._info.progress
         with folded(self._network, base or {}):
             return self._trainer.fit(start, plans, progress, adjust, own, expand, noisy)
 
@@ -91,7 +93,7 @@ class TorchCohort(Cohort):
         self._place(start, fixed, expand)
         walker = Walker(self._trainer, route, self._noisy())
         with folded(self._network, base or {}):
-            return walker.walk(start, self._plans(), expand)
+            return walker.walk(start, self._plans(None), expand)
 
     def gradients(
         self,
@@ -181,9 +183,14 @@ class TorchCohort(Cohort):
         """The round that is being played, from 1."""
         return self._info.progress.round
 
-    def _plans(self) -> list[np.ndarray]:
-        """The clients' batches of this round, of equal width."""
+    def _plans(self, steps: int | None) -> list[np.ndarray]:
+        """The clients' batches of this round, of equal width; of so many steps, if that is said."""
         info, local = self._info, self._trainer.gradients.local
+        if steps is not None:
+            self._refuse_if_private("steps")
+            if steps < 1:
+                raise ValueError(f"steps={steps}: a client takes at least one")
+            local = replace(local, steps=steps)
         if info.private is None:
             number = info.progress.round
             return [batch_plan(c.train, local, info.seed, c.name, number) for c in self._data]

@@ -217,9 +217,10 @@ class CohortFederation:
 
     def _train(self, messages: Messages, cohort: TorchCohort) -> Messages:
         set_mode(self._network.model, True, self._settings.local.base_dropout)
-        return self._settings.leaving.leave(
-            messages, self._strategy.train(messages, cohort), cohort
-        )
+        trained = self._strategy.train(messages, cohort)
+        reply = self._settings.leaving.leave(messages, trained, cohort)
+        self._strategy.left(messages, reply, cohort)
+        return reply
 
     def _score(self, messages: Messages, cohort: TorchCohort) -> dict[str, Score]:
         held = [self._clients.find(name).holdout for name in cohort.clients]

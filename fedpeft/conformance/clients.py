@@ -292,8 +292,9 @@ def personal_adapters_are_complete(strategy: Strategy[Any]) -> str:
 def what_clients_are_asked_is_declared(strategy: Strategy[Any]) -> str:
     """``asks`` names the gradients and losses that ``train`` asks of clients' data, no others.
 
-    No noise covers these: it is by this declaration that they are refused under privacy. And
-    ``walks`` tells whether clients walk, for which local settings are checked.
+    And ``steps``, where it gives ``fit`` a number of its own. No noise covers these: it is by this
+    declaration that they are refused under privacy. ``walks`` tells whether clients walk, for which
+    local settings are checked.
     """
     toy = toy_for(strategy)
     play(strategy, toy)

@@ -20,6 +20,7 @@ from fedpeft.comms.ledger import message_bytes
 from fedpeft.conformance.finding import Finding, NotApplicable, require
 from fedpeft.conformance.play import (
     Played,
+    answered,
     message_bits,
     play,
     sent_to,
@@ -184,7 +185,7 @@ def _untouched_exchange(strategy: Strategy[Any], toy: Toy, state: Any, number: i
     before, replies = state_bits(state), []
     for sent in sent_to(strategy, state, number, toy.clients):
         sent_before, cohort = message_bits(sent), toy.cohort(sent.clients)
-        replies.append(strategy.train(sent, cohort))
+        replies.append(answered(strategy, sent, cohort))
         require(message_bits(sent) == sent_before, f"round {number}: the messages changed")
     told = [message_bits(reply) for reply in replies]
     after = strategy.receive(state, iter(replies))

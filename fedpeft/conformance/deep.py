@@ -23,7 +23,7 @@ from fedpeft.cohort.lanes import FoldLane, Lane, LoopLane
 from fedpeft.cohort.shelf import Shelf
 from fedpeft.config import Local
 from fedpeft.conformance.finding import Property, require
-from fedpeft.conformance.play import require_close, sent_to
+from fedpeft.conformance.play import answered, require_close, sent_to
 from fedpeft.data.clients import ClientData, Task
 from fedpeft.data.examples import Examples, flatten
 from fedpeft.local import Progress, Trainer
@@ -79,7 +79,7 @@ class Federation:
         """The clients' replies, trained in stacks of ``size``, at most 3 clients in flight."""
         set_mode(self.network.model, True, False)
         parts = [
-            strategy.train(part, self._cohort(round, part, min(3, size)))
+            answered(strategy, part, self._cohort(round, part, min(3, size)))
             for part in sent.split(size)
         ]
         return Messages.stack(sent.clients, [part[k] for part in parts for k in range(len(part))])

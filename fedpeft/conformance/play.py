@@ -17,7 +17,7 @@ from fedpeft import tree
 from fedpeft.conformance.finding import require
 from fedpeft.conformance.toy import Arrays, Toy, make
 from fedpeft.record import codec
-from fedpeft.strategy import Messages, Strategy, addressed
+from fedpeft.strategy import Cohort, Messages, Strategy, addressed
 from fedpeft.tree import Tree
 
 ROUNDING = 1e-9
@@ -68,12 +68,21 @@ def turn(
     for _ in range(strategy.exchanges):
         stacks = sent_to(strategy, state, len(played.states), clients)
         parts = [
-            strategy.train(p, toy.cohort(p.clients)) for sent in stacks for p in sent.split(size)
+            answered(strategy, p, toy.cohort(p.clients))
+            for sent in stacks
+            for p in sent.split(size)
         ]
         state = strategy.receive(state, iter(parts))
         played.sent.extend(stacks)
         played.replies.extend(parts)
     played.states.append(state)
+
+
+def answered(strategy: Strategy[Any], sent: Messages, cohort: Cohort) -> Messages:
+    """The clients' half: their replies, which leave them as they are."""
+    reply = strategy.train(sent, cohort)
+    strategy.left(sent, reply, cohort)
+    return reply
 
 
 def sent_to(
@@ -87,7 +96,7 @@ def replied(strategy: Strategy[Any], toy: Toy, state: Any, number: int) -> dict[
     """Every client's reply in a round, alone in its stack: client -> reply. Changes no state."""
     found: dict[str, Messages] = {}
     for sent in sent_to(strategy, state, number, toy.clients):
-        reply = strategy.train(sent, toy.cohort(sent.clients))
+        reply = answered(strategy, sent, toy.cohort(sent.clients))
         found |= {client: reply.rows([k]) for k, client in enumerate(reply.clients)}
     return found
 

@@ -166,6 +166,7 @@ class ToyCohort(Cohort):
         self.clients = tuple(clients)
         self.weights = torch.tensor([toy.weights[c] for c in clients], dtype=torch.float64)
         self.initial = toy.initial
+        self.lr = toy.lr
         self._toy = toy
 
     def _whole(self, stacked: Tree, fixed: Tree | None, expand: Expand | None) -> list[Tree]:
@@ -199,26 +200,27 @@ class ToyCohort(Cohort):
         own: Mapping[str, Tree] | None = None,
         expand: Expand | None = None,
         base: Tree | None = None,
+        steps: int | None = None,
     ) -> Fit:
         toy, now = self._toy, {name: t.clone() for name, t in start.items()}
         shared = {"fixed": fixed or {}, "base": base or {}}
         before = {part: {n: t.clone() for n, t in own.items()} for part, own in shared.items()}
-        steps = torch.tensor([toy.steps[c] for c in self.clients])
+        counts = self._counts(steps)
         loss = torch.zeros(len(self.clients), dtype=torch.float64)
-        for step in range(int(steps.max())):
+        for step in range(int(counts.max())):
             losses = self._losses(now, fixed, expand, base)
-            loss += torch.where(step < steps, losses, 0.0)
+            loss += torch.where(step < counts, losses, 0.0)
             gradient = self._gradients(now, fixed, expand, base)
             if adjust is not None:
-                active = torch.nonzero(step < steps).flatten().tolist()
+                active = torch.nonzero(step < counts).flatten().tolist()
                 gradient = self._adjusted(adjust, gradient, now, own or {}, active)
             for name, value in now.items():
-                move = torch.where((step < steps).view(-1, *[1] * (value.dim() - 1)), 1.0, 0.0)
+                move = torch.where((step < counts).view(-1, *[1] * (value.dim() - 1)), 1.0, 0.0)
                 value -= toy.lr * (move * gradient[name]).to(value.dtype)
         for part, tensors in shared.items():
             _unwritten(f"the trees given as {part}", before[part], tensors)
         self._note(now, fixed, expand, base)
-        return Fit(now, loss / steps, steps)
+        return Fit(now, loss / counts, counts)
 
     def _note(
         self, now: Tree, fixed: Tree | None, expand: Expand | None, base: Tree | None
@@ -262,6 +264,13 @@ class ToyCohort(Cohort):
         self._note(now, fixed, expand, base)
         self._toy.walked = True
         return Walk(now, torch.stack(moves, 1), torch.stack(losses, 1).nanmean(1))
+
+    def _counts(self, steps: int | None) -> Tensor:
+        """Steps of every client, ``[K]``."""
+        if steps is None:
+            return torch.tensor([self._toy.steps[c] for c in self.clients])
+        self._toy.asked.add("steps")
+        return torch.full((len(self.clients),), steps)
 
     def _adjusted(
         self,

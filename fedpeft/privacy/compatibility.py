@@ -32,6 +32,11 @@ UNBOUNDED = (
 def record_level(strategy: Strategy[Any]) -> Refusal:
     """``privacy.unit=record``: DP-SGD in each client; whatever follows is post-processing."""
     asked = sorted(strategy.asks())
+    if "steps" in asked:
+        return (
+            "it says how many steps clients take, and the noise covers the recipe's number: use a "
+            "strategy that leaves the number to the recipe"
+        )
     if asked:
         return (
             f"it asks clients for their {' and '.join(asked)}, which no noise covers: use a "

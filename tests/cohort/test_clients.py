@@ -90,6 +90,14 @@ def test_start_and_fixed_must_make_up_the_adapter(fault: str) -> None:
         cohort().fit(values, fixed=fixed)
 
 
+def test_a_number_of_steps_stands_in_for_the_recipes() -> None:
+    for count in (1, 7):
+        fit = cohort().fit(start(), steps=count)
+        assert fit.steps.tolist() == [count] * 3
+    with pytest.raises(ValueError, match="steps=0: a client takes at least one"):
+        cohort().fit(start(), steps=0)
+
+
 def test_fixed_tensors_are_used_and_not_trained() -> None:
     values = start()
     frozen = {n: v[0] for n, v in values.items() if ".lora_A." in n}
