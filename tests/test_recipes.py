@@ -22,7 +22,7 @@ def name_of(path: Path) -> str:
 
 def test_all_recipes_are_here() -> None:
     own = [path.stem for path in RECIPES if STUDIES not in path.parents]
-    assert own == ["banking77", "flasc", "shakespeare", "quickstart"]
+    assert own == ["banking77", "fedkseed", "flasc", "shakespeare", "quickstart"]
     assert len(RECIPES) == len(own) + len(list(STUDIES.glob("*/recipe.yaml")))
 
 
@@ -66,3 +66,12 @@ def test_shakespeare_by_speaker_on_a_decoder(shared: Path, tmp_path: Path) -> No
     untrained, trained = summary.rows
     assert untrained.score.loss > 4.0
     assert trained.score.loss < untrained.score.loss - 0.3
+
+
+def test_the_whole_decoder_by_forward_passes_alone(shared: Path, tmp_path: Path) -> None:
+    more = ("partition.clients=4", "local.steps=5", "rounds.sampling.size=2", "data.limit=400")
+    summary = small(shared, tmp_path / "r", "fedkseed", "tinyshakespeare", "stories260K", *more)
+    untrained, trained = summary.rows
+    assert 0 < abs(trained.score.loss - untrained.score.loss) < 0.2
+    assert sum(trained.down.values()) == 2 * (16_384 + 128 + 1 + 2 * 9 + 9)
+    assert sum(trained.up.values()) == 2 * (5 * 6 + 2 * 129 + 26)

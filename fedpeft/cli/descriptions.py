@@ -21,6 +21,9 @@ SOURCES = {
 }
 """``data.source``; a name in capitals stands for what you put there."""
 
+FULL = "no adapter: every tensor of the model is trained, one client after another"
+"""What ``adapter.kind=full`` is."""
+
 ADAPTERS = {
     "lora": "low-rank update B A; use_dora, use_rslora and init_lora_weights choose variants",
     "adalora": "LoRA as P diag(E) Q; ranks are pruned by importance during training",

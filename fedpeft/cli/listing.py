@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft.cli.descriptions import ADAPTERS, PARTITIONS, SOURCES
+from fedpeft.cli.descriptions import ADAPTERS, FULL, PARTITIONS, SOURCES
 
 WIDE = 160
 """Columns where the output is no terminal: one line per name."""
@@ -78,10 +78,10 @@ def _recipes() -> dict[str, str]:
 
 
 def _adapters() -> dict[str, str]:
-    """The installed peft's adapters; one that came after ``ADAPTERS`` as peft describes it."""
+    """The installed peft's adapters, and none; one newer than ``ADAPTERS`` as peft describes it."""
     from fedpeft.model import adapter_kinds
 
-    return {
+    return {"full": FULL} | {
         kind: ADAPTERS.get(kind) or (inspect.getdoc(config) or "").partition("\n")[0]
         for kind, config in sorted(adapter_kinds().items())
     }

@@ -205,8 +205,7 @@ class ToyCohort(Cohort):
         toy, now = self._toy, {name: t.clone() for name, t in start.items()}
         shared = {"fixed": fixed or {}, "base": base or {}}
         before = {part: {n: t.clone() for n, t in own.items()} for part, own in shared.items()}
-        counts = self._counts(steps)
-        loss = torch.zeros(len(self.clients), dtype=torch.float64)
+        counts, loss = self._counts(steps), torch.zeros(len(self.clients), dtype=torch.float64)
         for step in range(int(counts.max())):
             losses = self._losses(now, fixed, expand, base)
             loss += torch.where(step < counts, losses, 0.0)

@@ -91,7 +91,7 @@ def test_list_strategies() -> None:
 
 def test_list_adapters_are_the_installed_ones() -> None:
     found = listed("adapters")
-    assert found.keys() == adapter_kinds().keys()
+    assert found.keys() == {"full", *adapter_kinds()}
     assert found["lora"].startswith("low-rank update B A")
     assert all(found.values())
 
