@@ -46,21 +46,28 @@ def encode(settings: Codec, matrix: Tensor, shapes: Shapes, seeds: Tensor) -> Sy
     """See ``fedpeft.comms.codecs.encode``."""
     plans, empty = _plans(settings, shapes), matrix[:, :0]
     tensors = matrix.split([plan.high * plan.wide for plan in plans], dim=1)
-    left, right, rest, found = [empty], [empty], [empty], [empty]
-    for place, (plan, tensor) in enumerate(zip(plans, tensors, strict=True)):
-        if not plan.rank:
-            rest.append(cast(tensor, settings.values).float())
-            found.append(rest[-1])
-            continue
-        start = philox.normals(seeds, PLACES + place, plan.wide * plan.rank)
-        first, second = _factors(tensor.view(-1, *plan[:2]), start.view(-1, *plan[1:]))
-        first, second = (cast(t, settings.values).float() for t in (first, second))
-        left.append(first.flatten(1))
-        right.append(second.flatten(1))
-        found.append(_product(first, second).flatten(1))
+    rights = [plan.wide * plan.rank for plan in plans]
+    starts = philox.normals(seeds, PLACES, sum(rights)).split(rights, dim=1)
+    left, right, rest, found = ([empty] * len(plans) for _ in range(4))
+    for plan in dict.fromkeys(plans):
+        places = [place for place, other in enumerate(plans) if other == plan]
+        own = torch.stack([tensors[place] for place in places], dim=1)
+        if plan.rank:
+            start = torch.stack([starts[place] for place in places], dim=1)
+            first, second = _factors(own.unflatten(2, plan[:2]), start.unflatten(2, plan[1:]))
+            first, second = (cast(t, settings.values).float() for t in (first, second))
+            whole = _product(first, second).flatten(2)
+        else:
+            first = second = own[:, :, :0]
+            whole = cast(own, settings.values).float()
+        for at, place in enumerate(places):
+            left[place], right[place] = first[:, at].flatten(1), second[:, at].flatten(1)
+            found[place] = whole[:, at]
+            rest[place] = empty if plan.rank else found[place]
     parts = {"left": left, "right": right, "values": rest}
     return Symbols(
-        tuple(_part(settings, name, own) for name, own in parts.items()), torch.cat(found, dim=1)
+        tuple(_part(settings, name, [empty, *own]) for name, own in parts.items()),
+        torch.cat([empty, *found], dim=1),
     )
 
 
@@ -69,8 +76,8 @@ def _part(settings: Codec, name: str, tensors: list[Tensor]) -> Part:
 
 
 def _factors(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """P ``[K, m, r]`` with orthonormal columns, and Q ``[K, n, r]``, of matrices ``[K, m, n]``."""
-    largest = matrices.abs().amax(dim=(1, 2), keepdim=True)
+    """P ``[..., m, r]`` with orthonormal columns, and Q ``[..., n, r]``, of ``[..., m, n]``."""
+    largest = matrices.abs().amax(dim=(-2, -1), keepdim=True)
     scaled = matrices / torch.where(largest > 0, largest, 1)  # nothing squared overflows
     second = start
     for _ in range(_ROUNDS):
