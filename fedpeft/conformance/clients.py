@@ -292,7 +292,8 @@ def personal_adapters_are_complete(strategy: Strategy[Any]) -> str:
 def what_clients_are_asked_is_declared(strategy: Strategy[Any]) -> str:
     """``asks`` names the gradients and losses that ``train`` asks of clients' data, no others.
 
-    And ``steps``, where it gives ``fit`` a number of its own. No noise covers these: it is by this declaration that they are refused under privacy.
+    And ``steps``, where it gives ``fit`` a number of its own. No noise covers these: it is by this
+    declaration that they are refused under privacy.
     """
     toy = toy_for(strategy)
     play(strategy, toy)
