@@ -23,7 +23,17 @@ import torch
 from fedpeft.codecs import encode, wire
 from fedpeft.codecs.settings import Codec
 from fedpeft.codecs.wire import Header
-from fedpeft.comms.payloads import SCHEMA, Payloads, Way, Ways, as_bytes, booked, read, sum_of
+from fedpeft.comms.payloads import (
+    SCHEMA,
+    Payloads,
+    Way,
+    Ways,
+    as_bytes,
+    booked,
+    read,
+    suited,
+    sum_of,
+)
 from fedpeft.comms.schema import Schema, applied, start
 from fedpeft.errors import FedpeftError, PayloadError
 from fedpeft.message import Messages, Replies
@@ -227,7 +237,7 @@ class Downlink(Postprocessor):
         for number, part in enumerate(schema.parts):
             seed = derive(self.seed, "downlink", schema.digest, version, number)
             rows = part.pack(stacked) - start(part, start_of)
-            symbols.append(encode(codec, rows, part.shapes, torch.tensor([seed])))
+            symbols.append(encode(suited(codec, part), rows, part.shapes, torch.tensor([seed])))
         exact = schema.untouched(stacked)
         trees = applied(schema, [own.restored() for own in symbols], start_of, exact)
         flags = 0 if before else wire.FLAG_WEIGHTS

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedpeft.codecs import Symbols, decode, wire
 from fedpeft.codecs.settings import Codec
 from fedpeft.codecs.symbols import KINDS
-from fedpeft.comms.schema import Entry, Schema
+from fedpeft.comms.schema import Entry, Part, Schema
 from fedpeft.errors import PayloadError
 from fedpeft.model import kind_of
 from fedpeft.tree import Tree, rows
@@ -137,6 +137,13 @@ class Counted:
         raise TypeError("only the lengths of these payloads are at hand")
 
 
+def suited(codec: Codec, part: Part) -> Codec:
+    """The codec of a part: DARE drops nothing of a new head, whose changes are large."""
+    if codec.codec == "dare" and part.kind == "head":
+        return Codec("dense", codec.values, block=codec.block, levels=codec.levels)
+    return codec
+
+
 def booked(schema: Schema, payload: bytes, sections: Mapping[str, np.ndarray]) -> Counted:
     """What a payload that was read costs by kind, as ``Payloads.sizes`` says it."""
     found: dict[str, int] = {"header": len(payload)}
@@ -170,7 +177,7 @@ def read(
         else:
             left[key] = data
     vectors = [
-        decode(codec, groups[str(place)], part.shapes)[None]
+        decode(suited(codec, part), groups[str(place)], part.shapes)[None]
         for place, part in enumerate(schema.parts)
     ]
     exact: dict[str, Tree] = {}

@@ -24,7 +24,7 @@ from torch import Tensor
 from fedpeft.codecs import encode, wire
 from fedpeft.codecs.settings import Codec, feeds_back
 from fedpeft.codecs.wire import Header
-from fedpeft.comms.payloads import SLACK, Payloads, booked, read
+from fedpeft.comms.payloads import SLACK, Payloads, booked, read, suited
 from fedpeft.comms.schema import Schema, applied, found, start
 from fedpeft.config import Comms, Recipe
 from fedpeft.errors import PayloadError
@@ -67,7 +67,12 @@ class Uplink(Postprocessor):
         for number, left in residual.items():
             wanted[int(number)] += left
         symbols = tuple(
-            encode(self.codec, rows, part.shapes, self._seeds(reply, kept.round, schema, number))
+            encode(
+                suited(self.codec, part),
+                rows,
+                part.shapes,
+                self._seeds(reply, kept.round, schema, number),
+            )
             for number, (part, rows) in enumerate(zip(schema.parts, wanted, strict=True))
         )
         restored = [own.restored() for own in symbols]

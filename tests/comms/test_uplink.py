@@ -185,3 +185,12 @@ def test_what_the_server_refuses() -> None:
             other.read(one, here, like(left), round_)
     with pytest.raises(PayloadError, match="schema"):
         uplink.read(one, here, {"adapter": {"a": numbers(4, 4)}}, 1)
+
+
+def test_dare_drops_nothing_of_a_head() -> None:
+    """Spec: a classifier's changes are large, and a tenth of them times ten is noise."""
+    to = sent()
+    left = through(Codec("dare", density=0.25), to, replied(to)).trees["adapter"]
+    want = replied(to).trees["adapter"]
+    assert torch.allclose(left[HEAD], want[HEAD], atol=1e-6)
+    assert bool((left["a"] == to.trees["adapter"]["a"]).any())

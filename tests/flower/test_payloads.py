@@ -67,7 +67,17 @@ def recipe_of(folder: Path, comms: Comms, name: str = "fedavg") -> Recipe:
     recipe = tiny_recipe(folder, name=name, **SETTINGS.get(name, {}))
     rounds = Rounds(count=4, sampling=Sampling("uniform", fraction=0.75))
     engine = Engine(kind="sequential", device="cpu")
-    return dataclasses.replace(recipe, rounds=rounds, comms=comms, engine=engine)
+    recipe = dataclasses.replace(recipe, rounds=rounds, comms=comms, engine=engine)
+    for key, value in build(name, SETTINGS.get(name, {})).needs().items():
+        *where, last = key.split(".")
+        parts: list[Any] = [recipe]
+        for one in where:
+            parts.append(getattr(parts[-1], one))
+        made: Any = dataclasses.replace(parts.pop(), **{last: value})
+        for one in reversed(where):
+            made = dataclasses.replace(parts.pop(), **{one: made})
+        recipe = made
+    return recipe
 
 
 def play(prepared: Prepared, at: Any, rounds: int = 4) -> tuple[Tree, list[RoundReport]]:
