@@ -39,6 +39,7 @@ class Payloads:
     told: bool = False
 
     def sizes(self) -> dict[str, Tensor]:
+        """See ``Coded.sizes``."""
         found: dict[str, Tensor] = {}
 
         def add(kind: str, length: Tensor) -> None:
@@ -56,6 +57,7 @@ class Payloads:
         return found
 
     def rows(self, index: Sequence[int]) -> Payloads:
+        """See ``Coded.rows``."""
         at = torch.as_tensor(list(index), dtype=torch.long)
         return replace(
             self,
@@ -64,6 +66,7 @@ class Payloads:
         )
 
     def payload(self, k: int) -> bytes:
+        """See ``Coded.payload``."""
         sections: dict[str, np.ndarray] = {}
         for number, symbols in enumerate(self.parts):
             sections |= {f"{number}.{name}": data for name, data in symbols.arrays(k).items()}
@@ -107,6 +110,7 @@ class Ways:
     which: Tensor
 
     def sizes(self) -> dict[str, Tensor]:
+        """See ``Coded.sizes``."""
         kinds = sorted({kind for way in self.options for kind in way.sizes})
         return {
             kind: torch.tensor([way.sizes.get(kind, 0) for way in self.options])[self.which]
@@ -114,9 +118,11 @@ class Ways:
         }
 
     def rows(self, index: Sequence[int]) -> Ways:
+        """See ``Coded.rows``."""
         return Ways(self.options, self.which[list(index)])
 
     def payload(self, k: int) -> bytes:
+        """See ``Coded.payload``."""
         return self.options[int(self.which[k])].write()
 
 
@@ -127,9 +133,11 @@ class Counted:
     lengths: Mapping[str, Tensor]
 
     def sizes(self) -> dict[str, Tensor]:
+        """See ``Coded.sizes``."""
         return dict(self.lengths)
 
     def rows(self, index: Sequence[int]) -> Counted:
+        """See ``Coded.rows``."""
         return Counted({kind: length[list(index)] for kind, length in self.lengths.items()})
 
     def payload(self, k: int) -> bytes:

@@ -293,12 +293,8 @@ def what_clients_are_asked_is_declared(strategy: Strategy[Any]) -> str:
     """``asks`` names the gradients and losses that ``train`` asks of clients' data, no others.
 
     And ``steps``, where it gives ``fit`` a number of its own. No noise covers these: it is by this
-    <<<<<<< HEAD
     declaration that they are refused under privacy. ``walks`` tells whether clients walk, for which
     local settings are checked.
-    =======
-    declaration that they are refused under privacy.
-    >>>>>>> comloc
     """
     toy = toy_for(strategy)
     play(strategy, toy)

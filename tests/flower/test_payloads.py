@@ -19,7 +19,7 @@ from fedpeft.config import Comms, Engine, Recipe, Rounds, Sampling
 from fedpeft.engine import RoundReport, Seam, play_round
 from fedpeft.flower.federation import FlowerFederation, Patience
 from fedpeft.prepare import Prepared, prepare
-from fedpeft.strategy import available
+from fedpeft.strategy import available, build
 from fedpeft.tree import Tree
 from tests.flower.nodes import InProcess
 from tests.tiny import tiny_recipe, write_tiny
