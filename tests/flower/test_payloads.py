@@ -19,6 +19,7 @@ from fedpeft.config import Comms, Engine, Recipe, Rounds, Sampling
 from fedpeft.engine import RoundReport, Seam, play_round
 from fedpeft.flower.federation import FlowerFederation, Patience
 from fedpeft.prepare import Prepared, prepare
+from fedpeft.privacy.compatibility import downlink_codec, uplink_codec
 from fedpeft.strategy import available, build
 from fedpeft.tree import Tree
 from tests.flower.nodes import InProcess
@@ -132,8 +133,25 @@ def test_requests_through_every_codec(folder: Path, name: str) -> None:
     assert sum(told) == len(met) * told[0] // len(reports[0].sampled), "each client once"
 
 
-@pytest.mark.parametrize("name", sorted(set(available()) - {"centralised", "local"}))
-@pytest.mark.parametrize("way", ["up", "down"])
+GOES = [
+    (name, way)
+    for way, judge in (("up", uplink_codec), ("down", downlink_codec))
+    for name in sorted(available())
+    if not judge(build(name, {}))
+]
+"""Every strategy and direction that go together; others are refused (tests/privacy)."""
+
+
+@pytest.mark.parametrize(("name", "way"), GOES)
 def test_every_strategy_both_ways(folder: Path, name: str, way: str) -> None:
     codec = CODECS["topk"] if way == "up" else CODECS["int8"]
     check(recipe_of(folder, Comms(**{way: codec}), name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "way"), GOES)
+def test_every_cell_is_on_the_ledger_as_it_is_on_the_wire(
+    folder: Path, name: str, way: str
+) -> None:
+    for codec in CODECS.values():
+        check(recipe_of(folder, Comms(**{way: codec}), name))
