@@ -15,14 +15,15 @@ import torch
 
 from fedpeft.comms.ledger import Entry
 from fedpeft.config import SecureAggregation
+from fedpeft.errors import ReplyError
 from fedpeft.federation import Failure, Federation, Partial
 from fedpeft.metrics import Score
 from fedpeft.postprocess import flat, unflat
 from fedpeft.privacy.client_level import BELOW, ClientLevel
-from fedpeft.secagg.fixed import FixedPoint
+from fedpeft.secagg.fixed import FixedPoint, Floats
 from fedpeft.secagg.messages import MIN_CLIENTS
 from fedpeft.strategy import Messages
-from fedpeft.tree import Layout, Tree, numel, row
+from fedpeft.tree import Layout, Tree, row
 
 
 class SecureFederation:
@@ -80,23 +81,24 @@ class SecureFederation:
     ) -> Partial:
         sizes = self._inner.clients()
         heaviest = 1.0 if self._equal else float(max(sizes[name] for name in asked))
+        bits = BELOW in replies[0].scalars
+        summed = Summed({tree: row(own, 0) for tree, own in replies[0].trees.items()}, bits)
         fixed = FixedPoint(
             bits=self._settings.bits,
             clip=self._level.reach(sent),
             clients=len(asked),
-            length=numel(row(flat(replies[0].trees), 0)),
+            length=summed.length,
             weight_max=heaviest,
-            extras=(heaviest,) * (2 if BELOW in replies[0].scalars else 1),
+            extras=(heaviest,) * (1 + bits),
         )
-        vectors = Vectors(fixed, replies[0])
-        words = np.zeros(vectors.fixed.size, vectors.fixed.dtype)
-        count = 0
+        words = np.zeros(fixed.size, fixed.dtype)
+        there: list[str] = []
         for reply in replies:
-            words += vectors.encode(reply).sum(axis=0, dtype=vectors.fixed.dtype)
-            count += len(reply)
-        mean = vectors.mean(words, count)
-        there = tuple(name for reply in replies for name in reply.clients)
-        return Partial(mean, count, (Entry(there, {"masked": words.nbytes}),), excluded)
+            words += fixed.encode(summed.rows(reply)).sum(axis=0, dtype=fixed.dtype)
+            there.extend(reply.clients)
+        mean = summed.mean(fixed.decode(words, len(there)))
+        entry = Entry(tuple(there), {"masked": words.nbytes})
+        return Partial(mean, len(there), (entry,), excluded)
 
     def evaluate(self, round: int, *stacks: Messages) -> Iterator[dict[str, Score] | Failure]:
         """As of ``inner``: scores are not summed."""
@@ -111,31 +113,43 @@ class SecureFederation:
         self._inner.restore(memory)
 
 
-class Vectors:
-    """What is summed of a reply: ``weight * update``, the weight, and the weighed bit where sent.
+class Summed:
+    """A reply as one vector, and the mean reply of a sum of them.
 
-    like: a reply, for its names and shapes.
+    What is summed is ``weight * update``, the weight, and where sent the weighed bit whether a
+    client was clipped. trees: those of a reply, unstacked. bits: whether that bit is sent.
     """
 
-    def __init__(self, fixed: FixedPoint, like: Messages) -> None:
-        self.fixed = fixed
-        self._trees = like.trees
-        self._layout = Layout.of(row(flat(like.trees), 0))
-        self._scalars = tuple(name for name in (BELOW,) if name in like.scalars)
+    def __init__(self, trees: Mapping[str, Tree], bits: bool) -> None:
+        self._trees = trees
+        self._layout = Layout.of(flat(trees))
+        self._scalars = (BELOW,) if bits else ()
 
-    def encode(self, reply: Messages) -> np.ndarray:
-        """Integers ``[K, size]``."""
+    @property
+    def length(self) -> int:
+        """Coordinates of an update."""
+        return self._layout.size
+
+    def rows(self, reply: Messages) -> Floats:
+        """Of K clients' replies, as they would leave them: float64 ``[K, size]``.
+
+        Raises ReplyError where tensors are not those of ``trees``.
+        """
+        found = flat(reply.trees)
+        shapes = {name: tuple(value.shape[1:]) for name, value in found.items()}
+        if shapes != dict(zip(self._layout.names, self._layout.shapes, strict=True)):
+            raise ReplyError("the reply's tensors are not those that strategy.expects names")
         weight = reply.scalars["weight"][:, None]
-        rows = self._layout.pack(flat(reply.trees)).cpu().double() * weight
+        updates = self._layout.pack(found).cpu().double() * weight
         extras = [reply.scalars[name][:, None] * weight for name in self._scalars]
-        found: np.ndarray = self.fixed.encode(torch.cat([rows, weight, *extras], dim=1).numpy())
-        return found
+        rows: Floats = torch.cat([updates, weight, *extras], dim=1).numpy()
+        return rows
 
-    def mean(self, words: np.ndarray, count: int) -> Messages:
-        """One row that stands for ``count`` clients, of whose integers ``words`` is the sum."""
-        total = torch.from_numpy(self.fixed.decode(words, count))
-        weight = total[self._layout.size]
-        trees = unflat(self._layout.unpack(total[None, : self._layout.size] / weight), self._trees)
-        extras = total[self._layout.size + 1 :] / weight
+    def mean(self, total: Floats) -> Messages:
+        """One row that stands for all whose vectors are in the sum ``[size]``."""
+        values, size = torch.from_numpy(total), self._layout.size
+        weight = values[size]
+        trees = unflat(self._layout.unpack(values[None, :size] / weight), self._trees)
+        extras = values[size + 1 :] / weight
         scalars = {name: extras[i : i + 1] for i, name in enumerate(self._scalars)}
         return Messages(("sum",), trees, {"weight": weight[None], **scalars})

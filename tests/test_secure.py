@@ -20,8 +20,8 @@ from fedpeft.postprocess import Chain
 from fedpeft.privacy.client_level import BELOW, Adaptive, ClientLevel
 from fedpeft.privacy.randomness import Randomness
 from fedpeft.secagg.fixed import FixedPoint
-from fedpeft.secure import SecureFederation, Vectors
-from fedpeft.tree import Tree
+from fedpeft.secure import SecureFederation, Summed
+from fedpeft.tree import Tree, row
 from tests.kept import Memory
 from tests.privacy.federated import flat, play, prepared_of, recipe_of
 
@@ -166,10 +166,11 @@ def test_vectors_and_their_mean_are_opposites() -> None:
         {"t": {"x": torch.tensor([[1.0, -1.0], [0.5, 0.25]])}},
         {"weight": torch.tensor([1.0, 3.0], dtype=torch.float64)},
     )
-    vectors = Vectors(FixedPoint(64, 2.0, 2, 2, 3.0, (3.0,)), reply)
-    words = vectors.encode(reply)
+    fixed = FixedPoint(64, 2.0, 2, 2, 3.0, (3.0,))
+    summed = Summed({"t": row(reply.trees["t"], 0)}, False)
+    words = fixed.encode(summed.rows(reply))
     assert words.shape == (2, 3)
-    found = vectors.mean(words.sum(axis=0, dtype=words.dtype), 2)
+    found = summed.mean(fixed.decode(words.sum(axis=0, dtype=words.dtype), 2))
     assert torch.allclose(found.trees["t"]["x"], torch.tensor([[0.625, -0.0625]]).double())
     assert float(found.scalars["weight"][0]) == pytest.approx(4.0)
 

@@ -57,7 +57,8 @@ def _answer(
 
     def vector() -> Floats:
         rules.check_sent(Setup.from_bytes(setup).fixed, sent)
-        return rules.summed(sent).vector(train(sent))
+        own: Floats = rules.summed(sent).rows(train(sent))[0]
+        return own
 
     answer = participant.answer(question, vector)
     over = kind_of(question) == Kind.CONFIRMED

@@ -8,19 +8,16 @@ message that was sent.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-
-import torch
+from collections.abc import Sequence
 
 from fedpeft.cohort.federation import client_weights
-from fedpeft.errors import FedpeftError, ReplyError
-from fedpeft.postprocess import flat, unflat
+from fedpeft.errors import FedpeftError
 from fedpeft.prepare import Prepared
-from fedpeft.privacy.client_level import BELOW, ClientLevel
-from fedpeft.secagg.fixed import FixedPoint, Floats
+from fedpeft.privacy.client_level import ClientLevel
+from fedpeft.secagg.fixed import FixedPoint
 from fedpeft.secagg.messages import MIN_CLIENTS, Setup
+from fedpeft.secure import Summed
 from fedpeft.strategy import Messages
-from fedpeft.tree import Layout, Tree
 
 CLOSE = 1e-6
 """Bounds that server and client compute on different machines may differ by this share."""
@@ -95,44 +92,3 @@ def _refused(name: str, value: object, rule: str) -> FedpeftError:
         f"secure aggregation was set up with {name}={value}, and by the recipe it must be {rule}: "
         f"this client does not take part."
     )
-
-
-class Summed:
-    """A reply as one vector, and the mean reply of a sum of them.
-
-    trees: those of a reply, unstacked. bits: whether a reply tells whether it was clipped.
-    """
-
-    def __init__(self, trees: Mapping[str, Tree], bits: bool) -> None:
-        self._trees = trees
-        self._layout = Layout.of(flat(trees))
-        self._scalars = (BELOW,) if bits else ()
-
-    @property
-    def length(self) -> int:
-        """Coordinates of an update."""
-        return self._layout.size
-
-    def vector(self, reply: Messages) -> Floats:
-        """Of one client's reply, as it would leave the client: ``[size]``.
-
-        Raises ReplyError where it is not what the strategy said that it would be.
-        """
-        found = flat(reply.trees)
-        shapes = {name: tuple(value.shape[1:]) for name, value in found.items()}
-        if shapes != dict(zip(self._layout.names, self._layout.shapes, strict=True)):
-            raise ReplyError("the reply's tensors are not those that strategy.expects names")
-        weight = reply.scalars["weight"][:, None]
-        rows = self._layout.pack(found).cpu().double() * weight
-        extras = [reply.scalars[name][:, None] * weight for name in self._scalars]
-        vector: Floats = torch.cat([rows, weight, *extras], dim=1).numpy()[0]
-        return vector
-
-    def mean(self, total: Floats) -> Messages:
-        """One row that stands for all whose vectors are in the sum ``[size]``."""
-        values, size = torch.from_numpy(total), self._layout.size
-        weight = values[size]
-        trees = unflat(self._layout.unpack(values[None, :size] / weight), self._trees)
-        extras = values[size + 1 :] / weight
-        scalars = {name: extras[i : i + 1] for i, name in enumerate(self._scalars)}
-        return Messages(("sum",), trees, {"weight": weight[None], **scalars})

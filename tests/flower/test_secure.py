@@ -28,7 +28,7 @@ from fedpeft.prepare import Prepared, prepare
 from fedpeft.privacy.client_level import BELOW, ClientLevel
 from fedpeft.secagg.envelope import Kind
 from fedpeft.secagg.fixed import FixedPoint
-from fedpeft.secure import Vectors
+from fedpeft.secure import Summed
 from fedpeft.tree import Tree
 from tests.flower.nodes import InProcess
 from tests.flower.securely import (
@@ -213,9 +213,10 @@ def test_clients_noise_is_in_the_sum_and_no_reply_is_seen_in_clear(
     assert level is not None and replies.keys() == set(NAMES)
     size = sum(t.numel() for t in prepared.network.initial.values())
     fixed = FixedPoint(64, level.reach(stack), 4, size, 1.0, (1.0,))
-    vectors = Vectors(fixed, replies["c0"])
-    words = np.concatenate([vectors.encode(replies[name]) for name in NAMES])
-    wanted = vectors.mean(words.sum(axis=0, dtype=fixed.dtype), 4)
+    one = {t: {n: x[0] for n, x in own.items()} for t, own in replies["c0"].trees.items()}
+    summed = Summed(one, False)
+    words = np.concatenate([fixed.encode(summed.rows(replies[name])) for name in NAMES])
+    wanted = summed.mean(fixed.decode(words.sum(axis=0, dtype=fixed.dtype), 4))
     assert all(
         torch.equal(found.replies.trees["adapter"][n], t)
         for n, t in wanted.trees["adapter"].items()
