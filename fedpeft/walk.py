@@ -7,7 +7,7 @@ two numbers.
 
 In a batched lane the clients of a chunk and both ends of a step go through the model at once. In
 the loop lane a client walks in place, on the model's own tensors, beside which there is room for a
-part of one direction: the memory of inference.
+part of one direction, made again for each of a step's three moves: the memory of inference.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ from fedpeft.tree import Layout, Tree, row
 
 Measure = Callable[[Tensor, Layout, np.ndarray], Tensor]
 """``(matrix [C, P], its layout, examples [C, B]) -> losses [C]``, or ``[C, B]``, each example's."""
+
+KEPT = 1 << 21
+"""Numbers (8 MB) up to which a direction is kept for its step; a larger one is made thrice."""
 
 PLAIN = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
 """What of ``local`` a walk needs to be, as must: every step is a multiple of its direction."""
@@ -190,19 +193,29 @@ class _InPlace:
             value.copy_(start[name][0])
         self._nothing = torch.empty(1, 0, device=gradients.device)
         self._seed, self._reach = torch.zeros(1, dtype=torch.int64), 0.0
+        self._sizes = [value.numel() for value in self._own.values()]
+        self._kept: tuple[Tensor, ...] = ()
 
     def ends(
         self, seeds: Tensor, reach: float, index: np.ndarray, measure: Measure
     ) -> tuple[Tensor, Tensor]:
-        self._seed, self._reach = seeds, reach
-        tensors, layout = list(self._own.values()), Layout((), ())
-        shift(tensors, seeds, reach)
+        self._seed, self._reach, layout = seeds, reach, Layout((), ())
+        if sum(self._sizes) <= KEPT:
+            self._kept = directions(seeds, self._sizes)[0].split(self._sizes)
+        self._shift(reach)
         plus = measure(self._nothing, layout, index)
-        shift(tensors, seeds, -2 * reach)
+        self._shift(-2 * reach)
         return plus, measure(self._nothing, layout, index)
 
     def move(self, moves: Tensor) -> None:
-        shift(list(self._own.values()), self._seed, self._reach - float(moves[0]))
+        self._shift(self._reach - float(moves[0]))
+
+    def _shift(self, amount: float) -> None:
+        if not self._kept:
+            shift(list(self._own.values()), self._seed, amount)
+            return
+        for value, z in zip(self._own.values(), self._kept, strict=True):
+            value.add_(z.view(value.shape), alpha=amount)
 
     def adapter(self) -> Tree:
         return {name: value.clone()[None] for name, value in self._own.items()}
