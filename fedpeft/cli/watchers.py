@@ -126,7 +126,8 @@ class Lines(Watcher):
         counts = {"excluded": summary.excluded, "dropped out": summary.dropped}
         missing = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
         lost = f"; replies missing: {missing}" if missing else ""
-        self._say(f"{summary.rounds} rounds; {units.clock(summary.seconds)} in all{lost}")
+        many = "1 round" if summary.rounds == 1 else f"{summary.rounds} rounds"
+        self._say(f"{many}; {units.clock(summary.seconds)} in all{lost}")
         sent = next(
             (sum((*row.down.values(), *row.up.values())) for row in summary.rows if row.up), 0
         )

@@ -25,6 +25,7 @@ from fedpeft.codecs.settings import Codec
 from fedpeft.codecs.wire import Header
 from fedpeft.comms.payloads import (
     SCHEMA,
+    SLACK,
     Payloads,
     Way,
     Ways,
@@ -49,6 +50,9 @@ MEMORY = "downlink."
 
 VERSION, VERSIONS, CLIENTS, PAST = "version", "versions", "clients", "past."
 """Entries beside the tensors: the version; which versions who holds; payloads by version."""
+
+SPACE = 64
+"""Bytes that are made room for by a schema alone, at most, per byte of the trainable tensors."""
 
 MOST = 1 << 32
 """Bytes of a payload, at most."""
@@ -189,6 +193,12 @@ class Downlink(Postprocessor):
         known = bytes(before[SCHEMA].tolist()) if before is not None else b""
         schema = Schema.parse(known if text is None else text.tobytes())
         if not header.reference:  # it introduces the schema
+            most = SPACE * sum(value.nbytes for value in self.initial.values()) + SLACK
+            if schema.dense > most:
+                raise PayloadError(
+                    f"payload: tensors of {schema.dense} bytes are declared, and at most {most} "
+                    f"are allowed"
+                )
             kept = {VERSION: torch.tensor(0), SCHEMA: as_bytes(schema.text)}
             return {}, name, kept | flat(self._start(schema))
         whole, start_of = bool(header.flags & wire.FLAG_WEIGHTS), dict[str, Tree]()
