@@ -86,3 +86,11 @@ def test_a_run_gives_a_line_and_the_table_its_mean_and_spread(
     assert [row[2] for row in rows] == ["2", "2", "2"], "a run of other settings does not count"
     assert rows[2][3], "the difference to fedavg, seed by seed"
     assert table.spread([0.5, 0.7]) == "60.0 ± 14.1" and table.spread([0.5]) == "50.0"
+
+
+def test_a_star_compares_a_cell_with_its_own_reference() -> None:
+    scores = {"a, inf": 0.9, "a, 1": 0.8, "b, inf": 0.7, "b, 1": 0.4}
+    sent: dict[str, Any] = {"changes": [], "clients": {}, "bytes_down": {}, "bytes_up": {}}
+    runs = {cell: [{"seed": 0, "accuracy": {"own": x}, **sent}] for cell, x in scores.items()}
+    _, *rows = script("table").rows_of(runs, "*, inf", 1)
+    assert [row[3] for row in rows] == ["", "-10.0", "", "-30.0"]

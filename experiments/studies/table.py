@@ -2,6 +2,7 @@
 
 Per cell: test accuracy in per cent, mean ± sample standard deviation over seeds, and the difference
 to the cell named by ``--against`` over the seeds that both have; bytes of one client in all rounds.
+A ``*`` in that name is the cell's own up to its first comma: ``--against "*, epsilon inf"``.
 """
 
 from __future__ import annotations
@@ -47,15 +48,16 @@ def rows_of(runs: dict[str, list[dict[str, Any]]], against: str, clients: int) -
             lines.append([who, own, str(len(first)), "", "", ""])
             if personal:
                 lines[-1].insert(2, spread([r["clients"][who] for r in first]))
-    base = {r["seed"]: r["accuracy"]["own"] for r in runs.get(against, [])}
     for cell, own_runs in runs.items():
+        other = against.replace("*", cell.split(",")[0])
+        base = {r["seed"]: r["accuracy"]["own"] for r in runs.get(other, [])}
         gains = [r["accuracy"]["own"] - base[r["seed"]] for r in own_runs if r["seed"] in base]
         down, up = (
             statistics.mean(sum(r[f"bytes_{way}"].values()) for r in own_runs) / clients / 1e6
             for way in ("down", "up")
         )
         accuracy = spread([r["accuracy"]["own"] for r in own_runs])
-        gain = spread(gains) if gains and cell != against else ""
+        gain = spread(gains) if gains and cell != other else ""
         sent = [f"{down:.2f}", f"{up:.2f}"]
         if "strategy.name=centralised" in own_runs[0]["changes"]:
             sent = ["", ""]

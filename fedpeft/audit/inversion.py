@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
+from fedpeft.cohort.lanes import DTYPES
 from fedpeft.errors import FedpeftError
 from fedpeft.model import Network, set_mode
 from fedpeft.tree import Tree
@@ -48,7 +49,7 @@ def entry_layers(network: Network) -> list[str]:
     handles = [own[name].register_forward_pre_hook(keep(name)) for name in network.scaling]
     set_mode(network.model, training=False, base_dropout=False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _as_it_trains(network):
             network.model(input_ids=tokens)
             first = embeddings(input_ids=tokens)
     finally:
@@ -61,6 +62,13 @@ def entry_layers(network: Network) -> list[str]:
             "(adapter.target_modules leaves the first layer's attention out)."
         )
     return found
+
+
+def _as_it_trains(network: Network) -> torch.autocast:
+    """Autocast to the 16 bits in which the base holds its linear weights, if it does."""
+    held = {value.dtype for value in network.model.parameters()} & set(DTYPES.values())
+    dtype = held.pop() if held else torch.float32
+    return torch.autocast(network.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def _embeddings(network: Network) -> BertEmbeddings:

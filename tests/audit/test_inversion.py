@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedpeft.audit.inversion import entry_layers, recover, recovered_share, update_rows
-from fedpeft.cohort.lanes import FoldLane
+from fedpeft.cohort.lanes import DTYPES, FoldLane, lower
 from fedpeft.config import Model
 from fedpeft.data.examples import flatten
 from fedpeft.errors import FedpeftError
@@ -138,6 +138,14 @@ def test_the_entry_layers_are_found_by_what_they_read() -> None:
     attention = "layer.0.attention.self"
     assert names == [f"{attention}.query", f"{attention}.value"]
     assert update_rows(net, net.initial).shape == (16, 192)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_base_held_in_16_bits_has_the_same_entry_layers(precision: str) -> None:
+    net = network.__wrapped__()
+    expected = entry_layers(net)
+    lower(net.model, DTYPES[precision])
+    assert entry_layers(net) == expected
 
 
 def test_an_update_without_a_is_no_target() -> None:
