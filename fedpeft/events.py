@@ -45,7 +45,7 @@ class Summary:
     folder: str
     adapter: str
     seconds: float
-    dense: int = 0
+    dense: int
     privacy: tuple[str, ...] = ()
 
 

@@ -28,8 +28,9 @@ class Plan:
     clients: how many; sampled: expected per round. examples, steps: per client (smallest, median,
     largest); steps are optimizer steps per round. test: examples of the global test set.
     trainable: parameters by kind; frozen: of the base. down, up: bytes per client and round by
-    kind. tokens: expected per round (SOME clients'). memory: estimate per client of a chunk, in
-    bytes. workers: processes with a chunk each (of Flower's engine: 1). privacy: what it asks for.
+    kind, before any codec. tokens: expected per round (SOME clients'). memory: estimate per client
+    of a chunk, in bytes. workers: processes with a chunk each (of Flower's engine: 1). privacy:
+    what it asks for.
     sends: the bytes of the whole run, where they were asked for.
     """
 

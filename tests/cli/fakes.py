@@ -9,6 +9,7 @@ from fedpeft.cohort.chunk import MemoryEstimate
 from fedpeft.data.clients import Task
 from fedpeft.engine import RoundReport
 from fedpeft.events import Outcome, Summary, Watcher
+from fedpeft.forecast import Forecast
 from fedpeft.metrics import Score
 from fedpeft.plan import Plan
 
@@ -36,6 +37,15 @@ def plan(labels: int = 4, per_client: int = 2**20, sampled: float = 5.0, workers
         up={"adapter": 10240, "head": 1024, "scalar": 26},
         tokens=81920,
         memory=MemoryEstimate(per_client, 2**30),
+        sends=Forecast(
+            down={"adapter": 102400, "head": 10240},
+            up={"adapter": 102400, "head": 10240, "scalar": 260},
+            rounds=(112770, 112770),
+            requests=10,
+            replies=10,
+            dense=2 * 225540,
+            exact=True,
+        ),
     )
 
 
@@ -58,7 +68,7 @@ def summary(folder: str = "", task: Task = "classification", adapter: str = "") 
         Outcome("fedavg", score(0.8765, 2.0, task), 0.75, 0.5, down, up, 5.0),
         Outcome("centralised", none, math.nan, math.nan, seconds=1234.5),
     )
-    return Summary(task, rows, 2, 3, 1, folder, adapter, 61.0)
+    return Summary(task, rows, 2, 3, 1, folder, adapter, 61.0, dense=15 * 2**20)
 
 
 def act(watcher: Watcher, folder: str = "", task: Task = "classification") -> Summary:

@@ -98,9 +98,10 @@ def test_plan() -> None:
     assert values(found, "trainable") == ["12,000", "1.20 %"]
     assert values(found, "adapter") == ["10.0 KiB", "10.0 KiB"]  # the last of that name: bytes
     assert values(found, "scalar") == [NONE, "26 B"]
-    assert values(found, "per client and round") == ["11.0 KiB", "11.0 KiB"]
-    assert values(found, "per round") == ["55.0 KiB", "55.1 KiB"]
+    assert values(found, "a message, on average") == ["11.0 KiB", "11.0 KiB"]
     assert values(found, "whole run") == ["110.0 KiB", "110.3 KiB"]
+    assert values(found, "both ways") == ["exactly 225,540 bytes"]
+    assert values(found, "that is") == ["50 % of uncompressed float32, 100 % of float16"]
     assert values(found, "engine") == ["cohort on cpu, lane fold"]
     assert values(found, "clients at once") == ["3"]
     assert values(found, "memory") == ["at most 3.0 MiB needed, 1.0 GiB free"]
