@@ -55,7 +55,8 @@ def init(
         screen = Console(highlight=False)
         screen.print(
             f"{len(found.sites)} sites and their server, {found.server}, are in {folder}. "
-            f"Begin with {folder / 'README.md'}, or try it here: fedpeft deploy up {folder} --local",
+            f"Begin with {folder / 'README.md'}, or try it here: "
+            f"fedpeft deploy up {folder} --local",
             soft_wrap=True,
         )
 

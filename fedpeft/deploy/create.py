@@ -127,7 +127,8 @@ def _write_all(at: Path, folder: Path, deployment: Deployment, recipe: Recipe) -
         shutil.copyfile(at / CA / "ca.crt", place / "ca.crt")
     write(at, deployment)
     _fill(at / "README.md", "README.md", _told(deployment, recipe, folder))
-    _fill(at / "Dockerfile", "Dockerfile", {"home": HOME, "version": _version()})
+    _fill(at / "Dockerfile", "Dockerfile", {"home": HOME, "wheel": _wheel()})
+    (at / ".dockerignore").write_text("*\n!*.whl\n")  # no key is handed to the builder
     _write_containers(at, deployment, recipe)
 
 
@@ -203,20 +204,21 @@ def _told(deployment: Deployment, recipe: Recipe, folder: Path) -> dict[str, str
     registers = [shlex.join(commands.register(site)) for site in deployment.sites]
     paths, rules, state = _paths(recipe), [], []
     if deployment.secure:
-        rules.append("Sites train under secure aggregation only.")
+        rules.append(" Sites train under secure aggregation only.")
         state.append("`identity.key.state` beside the identity")
     if deployment.ledgers:
-        rules.append("Each site keeps a privacy ledger of its own.")
+        rules.append(" Each site keeps a privacy ledger of its own.")
         state.append("`privacy.jsonl`")
-    kept = f"Never restore {' or '.join(state)} from a backup." if state else ""
+    kept = f" Never restore {' or '.join(state)} from a backup." if state else ""
     return {
         "count": str(len(deployment.sites)),
-        "version": _version(),
+        "version": metadata.version("fedpeft"),
+        "wheel": _wheel(),
         "server": deployment.server,
         "host": deployment.host,
         "port": str(deployment.port),
         "names": ", ".join(f"`{site}`" for site in deployment.sites),
-        "rules": " ".join(rules),
+        "rules": "".join(rules),
         "folder": shlex.quote(str(folder)),
         "paths": f": {', '.join(f'`{path}`' for path in paths)}" if paths else "",
         "home": HOME,
@@ -240,8 +242,8 @@ def _environment() -> str:
     return " ".join(f"{key}={value}" for key, value in commands.ENVIRONMENT.items())
 
 
-def _version() -> str:
-    return metadata.version("fedpeft")
+def _wheel() -> str:
+    return f"fedpeft-{metadata.version('fedpeft')}-py3-none-any.whl"
 
 
 def _fill(path: Path, template: str, values: Mapping[str, str]) -> None:

@@ -1,8 +1,8 @@
 """The keys and certificates of a deployment.
 
-- TLS: an authority of the deployment's own and a certificate of the server (X.509, ECDSA on P-256).
-- Node authentication: a P-384 key per site in OpenSSH's format, which is what Flower 1.41 reads; the
-  server registers the public half.
+- TLS: an authority of the deployment's own, a certificate of the server (X.509, ECDSA on P-256).
+- Node authentication: a P-384 key per site in OpenSSH's format, which is what Flower 1.41 reads;
+  the server registers the public half.
 - Secure aggregation: an Ed25519 identity per site (PKCS#8 PEM), and all public ones by name
   (``flower.identity``).
 

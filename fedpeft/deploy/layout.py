@@ -35,10 +35,11 @@ _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
 
 @dataclass(frozen=True)
 class Deployment:
-    """The sites, which are the recipe's clients by name, and the address at which they find the server.
+    """The sites, which are the recipe's clients by name, and where they reach the server.
 
-    secure: whether the recipe aggregates securely. ledgers: whether each site keeps a privacy ledger
-    of its own. Both are what the sites' operators agree to, and bind the nodes (``flower.node``).
+    secure: whether the recipe aggregates securely. ledgers: whether each site keeps a privacy
+    ledger of its own. Both are what the sites' operators agree to, and bind the nodes
+    (``flower.node``).
     """
 
     sites: tuple[str, ...]
@@ -54,12 +55,12 @@ class Deployment:
 
 
 def check_sites(sites: Sequence[str]) -> tuple[str, ...]:
-    """The names in order, each of which will be a folder. Raises FedpeftError for one that cannot."""
+    """The names in order; each becomes a folder. Raises FedpeftError for one that cannot."""
     for name in sites:
         if not _SITE.fullmatch(name):
             raise FedpeftError(
-                f"--site {name!r} must be 1 to 63 letters, digits, '_', '-' or '.', the first one a "
-                f"letter or digit: it names a folder. Call the recipe's client so."
+                f"--site {name!r} must be 1 to 63 letters, digits, '_', '-' or '.', the first one "
+                f"a letter or digit: it names a folder. Call the recipe's client so."
             )
     twice = sorted({name for name in sites if list(sites).count(name) > 1})
     if twice:
@@ -77,8 +78,8 @@ def parse_address(text: str) -> tuple[str, int]:
         good = bool(_HOST.fullmatch(host))
     if not good or not port.isdecimal() or not 1 <= int(port) <= 65535:
         raise FedpeftError(
-            f"--server {text!r} must be HOST:PORT, by which every site reaches the server: a name or "
-            f"an IP address (IPv6 in brackets), and a port from 1 to 65535."
+            f"--server {text!r} must be HOST:PORT, by which every site reaches the server: a name "
+            f"or an IP address (IPv6 in brackets), and a port from 1 to 65535."
         )
     return host, int(port)
 

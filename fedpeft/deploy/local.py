@@ -28,7 +28,7 @@ from fedpeft.errors import FedpeftError
 HOST = "127.0.0.1"
 COMPLETED = "finished:completed"
 
-COMMAND_SECONDS = 120.0
+COMMAND_SECONDS = 300.0
 """For the server to listen, and for each of Flower's commands."""
 
 JOIN_SECONDS = 600.0
@@ -149,12 +149,12 @@ class _Federation:
                         self.say(f"{site.name} ended with {site.popen.returncode}: see {site.log}")
 
     def _start(self, name: str, command: Sequence[str], folder: Path, home: Path) -> Process:
-        return self.processes.start(name, [_program(command[0]), *command[1:]], folder, home)
+        return self.processes.start(name, [*_program(command[0]), *command[1:]], folder, home)
 
     def _flwr(self, command: Sequence[str]) -> Any:
         """What one of Flower's commands answers. Raises FedpeftError where it fails."""
         done = subprocess.run(
-            [_program(command[0]), *command[1:], "--format", "json"],
+            [*_program(command[0]), *command[1:], "--format", "json"],
             cwd=self.folder / SERVER,
             env={**self.processes.environment, "FLWR_HOME": str(self.scratch / SERVER)},
             stdin=subprocess.DEVNULL,
@@ -191,12 +191,12 @@ def listens(port: int) -> bool:
         return one.connect_ex((HOST, port)) == 0
 
 
-def _program(name: str) -> str:
-    """The program of this Python's environment. Raises FedpeftError where it is missing."""
+def _program(name: str) -> list[str]:
+    """A program of this Python's environment. Raises FedpeftError where it is missing."""
     found = Path(sysconfig.get_path("scripts")) / name
     if not found.exists():
         raise FedpeftError(f"{name} is not installed beside this Python: pip install flwr.")
-    return str(found)
+    return [str(found)]
 
 
 def _environment(sites: int) -> Mapping[str, str]:

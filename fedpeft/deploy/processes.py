@@ -22,7 +22,7 @@ from fedpeft.errors import FedpeftError
 STEP = 0.2
 """Seconds between two looks at a process."""
 
-GRACE = 10.0
+GRACE = 5.0
 """Seconds that processes have to end by themselves, before they are killed."""
 
 
@@ -49,7 +49,7 @@ class Process:
                 raise FedpeftError(
                     f"{self.name} ended with {self.popen.returncode} before {what}: see {self.log}."
                 )
-        raise FedpeftError(f"{self.name}: not {what} after {seconds:g} seconds: see {self.log}.")
+        raise FedpeftError(f"{self.name}: not after {seconds:g} seconds: {what}. See {self.log}.")
 
 
 @dataclass
