@@ -30,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.add_typer(deploy.app, name="deploy")
+app.add_typer(deploy.app, name="deploy", short_help="Put a recipe on machines of their own.")
 
 # Arguments are described in the commands' docstrings and hidden from click's own list: typer before
 # 0.21 with click from 8.5 prints that list without its texts.
