@@ -6,6 +6,8 @@ are started. Flower's own child processes are started there too.
 
 from __future__ import annotations
 
+import json
+
 from fedpeft.deploy.layout import Deployment
 
 CONNECTION = "fedpeft"
@@ -68,5 +70,5 @@ def connection(server: str, certificate: str) -> str:
     """Flower's ``config.toml``. certificate: absolute path of the authority's, on that machine."""
     return (
         f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
-        f'address = "{server}"\nroot-certificates = "{certificate}"\n'
+        f'address = "{server}"\nroot-certificates = {json.dumps(certificate)}\n'
     )

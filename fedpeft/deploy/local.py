@@ -39,6 +39,9 @@ LOOK_SECONDS = 0.5
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
+VIEWS = 5
+"""How often the log is asked for where it ends before the run does."""
+
 Say = Callable[[str], None]
 
 
@@ -87,15 +90,21 @@ class _Federation:
         port, *ports = free_ports(1 + len(self.deployment.sites))
         server = self._serve(port)
         self.say(f"the server listens on {HOST}:{port}; logs are in {self.folder / 'logs'}")
-        sites = [self._join(site, port, own) for site, own in self._registered(ports)]
-        self.say(f"{len(sites)} sites are started: {', '.join(self.deployment.sites)}")
+        names = self.deployment.sites
+        for site in names:
+            self._flwr(commands.register(site))
+        sites = [self._join(site, port, own) for site, own in zip(names, ports, strict=True)]
+        self.say(f"{len(sites)} sites are started: {', '.join(names)}")
         command = commands.run(self.deployment, f"join-timeout={JOIN_SECONDS}")
         run = str(self._flwr(command)["run-id"])
-        self._follow(run, server, sites)
-        [found] = self._flwr(["flwr", "list", commands.CONNECTION, "--run-id", run])["runs"]
+        for _ in range(VIEWS):
+            self._follow(run, server, sites)
+            [found] = self._flwr(["flwr", "list", commands.CONNECTION, "--run-id", run])["runs"]
+            if found["status"].startswith("finished"):
+                break
         if found["status"] != COMPLETED:
             raise FedpeftError(
-                f"the run ended as {found['status']} ({_reason(found)}): see "
+                f"the run ended as {found['status']} ({found['status-details']}): see "
                 f"{self.folder / 'logs'}."
             )
         traffic = found["network-traffic"]
@@ -116,11 +125,6 @@ class _Federation:
         server = self._start("server", command, self.folder / SERVER, home)
         server.until(lambda: listens(port), "it listened", COMMAND_SECONDS)
         return server
-
-    def _registered(self, ports: Sequence[int]) -> list[tuple[str, int]]:
-        for site in self.deployment.sites:
-            self._flwr(commands.register(site))
-        return list(zip(self.deployment.sites, ports, strict=True))
 
     def _join(self, site: str, port: int, own: int) -> Process:
         command = commands.supernode(self.deployment, site, f"{HOST}:{port}", own)
@@ -153,15 +157,21 @@ class _Federation:
 
     def _flwr(self, command: Sequence[str]) -> Any:
         """What one of Flower's commands answers. Raises FedpeftError where it fails."""
-        done = subprocess.run(
-            [*_program(command[0]), *command[1:], "--format", "json"],
-            cwd=self.folder / SERVER,
-            env={**self.processes.environment, "FLWR_HOME": str(self.scratch / SERVER)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=COMMAND_SECONDS,
-        )
+        try:
+            done = subprocess.run(
+                [*_program(command[0]), *command[1:], "--format", "json"],
+                cwd=self.folder / SERVER,
+                env={**self.processes.environment, "FLWR_HOME": str(self.scratch / SERVER)},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=COMMAND_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            raise FedpeftError(
+                f"`{' '.join(command)}` has not answered within {COMMAND_SECONDS:g} seconds: see "
+                f"{self.folder / 'logs'}."
+            ) from None
         try:
             answer = json.loads(done.stdout)
             failed = done.returncode != 0 or not answer["success"]
@@ -212,7 +222,3 @@ def _environment(sites: int) -> Mapping[str, str]:
         "PYTHONUNBUFFERED": "1",
         "TQDM_DISABLE": "1",  # the logs are files
     }
-
-
-def _reason(found: Mapping[str, Any]) -> str:
-    return str(found.get("status-details") or found.get("details") or "no reason given")

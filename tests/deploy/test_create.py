@@ -24,7 +24,9 @@ from flwr.cli.supernode.register import try_load_public_key
 from flwr.common.config import parse_config_args
 from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
+from typer.testing import CliRunner
 
+from fedpeft.cli.app import app
 from fedpeft.config import Output
 from fedpeft.config_load import load_recipe
 from fedpeft.deploy import layout
@@ -299,3 +301,22 @@ def test_a_note_that_somebody_changed_is_refused(
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FedpeftError, match="has no deployment.json: name a folder that"):
         layout.read(tmp_path)
+
+
+def test_the_command_says_where_to_begin(tmp_path: Path) -> None:
+    folder = str(tmp_path / "new")
+    words = ["deploy", "init", folder, THREE, "--recipe", "quickstart", "--sites", "3"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert f"Begin with {folder}/README.md" in done.stdout
+    again = CliRunner().invoke(app, words)
+    assert (again.exit_code, again.stdout) == (2, "")
+    assert "is not empty" in again.stderr
+
+
+@pytest.mark.parametrize("sites", [[], ["--sites", "3", "--site", "a"]])
+def test_the_command_wants_sites_said_in_one_way(tmp_path: Path, sites: list[str]) -> None:
+    words = ["deploy", "init", str(tmp_path / "new"), "--recipe", "quickstart", *sites]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    assert "give either --sites N, or --site" in done.stderr
