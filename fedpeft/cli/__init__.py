@@ -1,4 +1,4 @@
-"""The command line: ``fedpeft run | resume | check | check-strategy | list``.
+"""The command line: ``fedpeft run | resume | check | deploy | ...``.
 
 Importing this package costs typer and rich only; torch and its like are imported by the commands.
 """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from fedpeft.cli import listing, logs, tables
+from fedpeft.cli import deploy, listing, logs, tables
 from fedpeft.cli.bars import Bars
 from fedpeft.cli.failures import reported
 from fedpeft.cli.session import Mode, play
@@ -29,6 +29,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(deploy.app, name="deploy", short_help="Put a recipe on machines of their own.")
 
 # Arguments are described in the commands' docstrings and hidden from click's own list: typer before
 # 0.21 with click from 8.5 prints that list without its texts.

@@ -105,8 +105,13 @@ def _synthetic(rows: Dataset, partition: Partition, usable: np.ndarray, seed: in
             parts = _load(partitioner, shuffled, keys)
         except ValueError as error:
             raise _impossible(partition, len(usable)) from error
+    return list(zip(client_names(clients), parts, strict=True))
+
+
+def client_names(clients: int) -> list[str]:
+    """What clients are called that have no names of their own, ascending."""
     width = max(3, len(str(clients - 1)))
-    return [(f"client-{i:0{width}}", part) for i, part in enumerate(parts)]
+    return [f"client-{i:0{width}}" for i in range(clients)]
 
 
 def _labels(rows: Dataset, partition: Partition) -> np.ndarray:

@@ -54,7 +54,7 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "resume", "check", "check-strategy", "audit", "store", "list"]
+    "command", ["run", "resume", "check", "check-strategy", "audit", "store", "list", "deploy"]
 )
 def test_help_describes_every_command(command: str) -> None:
     done = CliRunner().invoke(app, [command, "--help"])

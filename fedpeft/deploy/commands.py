@@ -1,0 +1,74 @@
+"""The command lines of Flower's programs, the same in README, units, containers and on loopback.
+
+Paths in them are relative: the server's to ``server/``, a site's to its own folder, in which they
+are started. Flower's own child processes are started there too.
+"""
+
+from __future__ import annotations
+
+import json
+
+from fedpeft.deploy.layout import Deployment
+
+CONNECTION = "fedpeft"
+"""What Flower's ``config.toml`` calls the server."""
+
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+"""No word to the outside, and no installation of packages at the start of a run."""
+
+
+def superlink(host: str, port: int) -> list[str]:
+    """The server, for any address of ``host``, with TLS and node authentication."""
+    return [
+        *("flower-superlink", "--host", host, "--port", str(port)),
+        *("--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.crt"),
+        *("--ssl-keyfile", "server.key", "--enable-supernode-auth"),
+        "--disable-runtime-dependency-installation",
+    ]
+
+
+def supernode(deployment: Deployment, site: str, server: str, port: int) -> list[str]:
+    """A site. server: ``host:port``. port: on loopback, for its own processes."""
+    return [
+        *("flower-supernode", "--superlink", server, "--root-certificates", "ca.crt"),
+        *("--auth-supernode-private-key", "node.key", "--port", str(port)),
+        *("--node-config", node_config(deployment, site)),
+    ]
+
+
+def node_config(deployment: Deployment, site: str) -> str:
+    """What a site's operator tells its node: its client, and the rules that bind it."""
+    found = {"client": site}
+    if deployment.secure:
+        found |= {"identity": "identity.key", "identities": "all.json"}
+    if deployment.ledgers:
+        found["privacy-ledger"] = "privacy.jsonl"
+    return " ".join(f'{key}="{value}"' for key, value in found.items())
+
+
+def run_config(deployment: Deployment) -> str:
+    """What the server's app is told."""
+    return 'recipe="recipe.yaml"' + (' identities="all.json"' if deployment.secure else "")
+
+
+def register(site: str) -> list[str]:
+    """Makes a site's key known to the server."""
+    return ["flwr", "supernode", "register", f"sites/{site}.pub", CONNECTION]
+
+
+def run(deployment: Deployment, more: str = "") -> list[str]:
+    """Submits a run. more: further run config."""
+    config = " ".join(filter(None, (run_config(deployment), more)))
+    return ["flwr", "run", "app", CONNECTION, "--run-config", config]
+
+
+def connection(server: str, certificate: str) -> str:
+    """Flower's ``config.toml``. certificate: absolute path of the authority's, on that machine."""
+    return (
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+        f'address = "{server}"\nroot-certificates = {json.dumps(certificate)}\n'
+    )

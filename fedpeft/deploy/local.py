@@ -1,0 +1,224 @@
+"""A deployment on this machine alone: every role a process of its own, over loopback.
+
+TLS, node authentication and node configurations are those of the real machines; only addresses are
+others. What Flower itself keeps lies in a folder that is deleted at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpeft.deploy import commands
+from fedpeft.deploy.create import RUN
+from fedpeft.deploy.layout import SERVER, SITES, Deployment, read
+from fedpeft.deploy.processes import Process, Processes, interruptible
+from fedpeft.errors import FedpeftError
+
+HOST = "127.0.0.1"
+COMPLETED = "finished:completed"
+
+COMMAND_SECONDS = 300.0
+"""For the server to listen, and for each of Flower's commands."""
+
+JOIN_SECONDS = 600.0
+"""For all sites to join: they load model and data on the same cores."""
+
+LOOK_SECONDS = 0.5
+"""Between two looks at the run's log."""
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+VIEWS = 5
+"""How often the log is asked for where it ends before the run does."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run that was completed.
+
+    adapter: its folder. seconds: of the run. down, up: bytes from and to the server, as Flower
+    counts them.
+    """
+
+    adapter: Path
+    seconds: float
+    down: int
+    up: int
+
+
+def up(folder: Path, say: Say) -> Outcome:
+    """Starts server and sites, plays the recipe once, ends all processes.
+
+    folder: of ``create.init``; its ``logs/`` gets what each process prints. say: called with every
+    line that a person wants to see.
+
+    Raises FedpeftError where something does not start, and where the run does not end as completed.
+    """
+    folder = folder.resolve()
+    deployment = read(folder)
+    logs = folder / "logs"
+    logs.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(interruptible())
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedpeft-")))
+        processes = stack.enter_context(Processes(logs, _environment(len(deployment.sites))))
+        return _Federation(folder, deployment, scratch, processes, say).play()
+
+
+@dataclass
+class _Federation:
+    folder: Path
+    deployment: Deployment
+    scratch: Path
+    processes: Processes
+    say: Say
+
+    def play(self) -> Outcome:
+        port, *ports = free_ports(1 + len(self.deployment.sites))
+        server = self._serve(port)
+        self.say(f"the server listens on {HOST}:{port}; logs are in {self.folder / 'logs'}")
+        names = self.deployment.sites
+        for site in names:
+            self._flwr(commands.register(site))
+        sites = [self._join(site, port, own) for site, own in zip(names, ports, strict=True)]
+        self.say(f"{len(sites)} sites are started: {', '.join(names)}")
+        command = commands.run(self.deployment, f"join-timeout={JOIN_SECONDS}")
+        run = str(self._flwr(command)["run-id"])
+        for _ in range(VIEWS):
+            self._follow(run, server, sites)
+            [found] = self._flwr(["flwr", "list", commands.CONNECTION, "--run-id", run])["runs"]
+            if found["status"].startswith("finished"):
+                break
+        if found["status"] != COMPLETED:
+            raise FedpeftError(
+                f"the run ended as {found['status']} ({found['status-details']}): see "
+                f"{self.folder / 'logs'}."
+            )
+        traffic = found["network-traffic"]
+        return Outcome(
+            self.folder / SERVER / RUN / "adapter",
+            float(found["elapsed"]),
+            int(traffic["outbound-bytes"]),
+            int(traffic["inbound-bytes"]),
+        )
+
+    def _serve(self, port: int) -> Process:
+        home = self.scratch / SERVER
+        home.mkdir()
+        certificate = str(self.folder / SERVER / "ca.crt")
+        text = commands.connection(f"{HOST}:{port}", certificate)
+        (home / "config.toml").write_text(text, encoding="utf-8")
+        command = commands.superlink(HOST, port)
+        server = self._start("server", command, self.folder / SERVER, home)
+        server.until(lambda: listens(port), "it listened", COMMAND_SECONDS)
+        return server
+
+    def _join(self, site: str, port: int, own: int) -> Process:
+        command = commands.supernode(self.deployment, site, f"{HOST}:{port}", own)
+        return self._start(f"site-{site}", command, self.folder / SITES / site, self.scratch / site)
+
+    def _follow(self, run: str, server: Process, sites: Sequence[Process]) -> None:
+        """Shows the run's log until Flower says that it is at its end."""
+        command = ["flwr", "log", run, commands.CONNECTION, "--stream"]
+        home = self.scratch / SERVER
+        viewer = self._start("run", command, self.folder / SERVER, home)
+        lost: set[str] = set()
+        with viewer.log.open(encoding="utf-8", errors="replace") as lines:
+            over = False
+            while not over:
+                over = viewer.ended(LOOK_SECONDS)
+                for line in filter(None, (_COLOUR.sub("", line).rstrip() for line in lines)):
+                    self.say(line)
+                if server.ended():
+                    raise FedpeftError(
+                        f"the server ended with {server.popen.returncode} in the middle of the "
+                        f"run: see {server.log}."
+                    )
+                for site in sites:
+                    if site.name not in lost and site.ended():
+                        lost.add(site.name)
+                        self.say(f"{site.name} ended with {site.popen.returncode}: see {site.log}")
+
+    def _start(self, name: str, command: Sequence[str], folder: Path, home: Path) -> Process:
+        return self.processes.start(name, [*_program(command[0]), *command[1:]], folder, home)
+
+    def _flwr(self, command: Sequence[str]) -> Any:
+        """What one of Flower's commands answers. Raises FedpeftError where it fails."""
+        try:
+            done = subprocess.run(
+                [*_program(command[0]), *command[1:], "--format", "json"],
+                cwd=self.folder / SERVER,
+                env={**self.processes.environment, "FLWR_HOME": str(self.scratch / SERVER)},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=COMMAND_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            raise FedpeftError(
+                f"`{' '.join(command)}` has not answered within {COMMAND_SECONDS:g} seconds: see "
+                f"{self.folder / 'logs'}."
+            ) from None
+        try:
+            answer = json.loads(done.stdout)
+            failed = done.returncode != 0 or not answer["success"]
+        except (ValueError, KeyError, TypeError):
+            failed = True
+        if failed:
+            raise FedpeftError(
+                f"`{' '.join(command)}` failed with {done.returncode}: "
+                f"{(done.stderr or done.stdout).strip()[-2000:]}"
+            )
+        return answer
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody uses now, all different."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind((HOST, 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+
+
+def listens(port: int) -> bool:
+    """Whether somebody answers on a port of loopback."""
+    with socket.socket() as one:
+        one.settimeout(1.0)
+        return one.connect_ex((HOST, port)) == 0
+
+
+def _program(name: str) -> list[str]:
+    """A program of this Python's environment. Raises FedpeftError where it is missing."""
+    found = Path(sysconfig.get_path("scripts")) / name
+    if not found.exists():
+        raise FedpeftError(f"{name} is not installed beside this Python: pip install flwr.")
+    return [str(found)]
+
+
+def _environment(sites: int) -> Mapping[str, str]:
+    """Of all processes: the cores are shared, and loopback is never asked of a proxy."""
+    own = os.environ
+    threads = max(1, (os.cpu_count() or 1) // sites)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        **own,
+        **commands.ENVIRONMENT,
+        "NO_PROXY": ",".join(filter(None, (own.get("NO_PROXY"), HOST))),
+        "PATH": os.pathsep.join(filter(None, (sysconfig.get_path("scripts"), own.get("PATH")))),
+        "PYTHONUNBUFFERED": "1",
+        "TQDM_DISABLE": "1",  # the logs are files
+    }
