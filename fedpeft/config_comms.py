@@ -36,10 +36,10 @@ def check_comms(recipe: Recipe) -> None:
     check_codec(up, "comms.up")
     check_codec(down, "comms.down")
     budget_of(recipe.comms)
-    if up.of != Codec.of:
+    if up.form != Codec.form:
         raise FedpeftError(
-            f"comms.up.of={up.of}: only what clients are sent can be coded as weights; of what "
-            f"they reply it is the update. Leave comms.up.of out."
+            f"comms.up.form={up.form}: only what clients are sent can be coded as weights; of what "
+            f"they reply it is the update. Leave comms.up.form out."
         )
     if down.feedback != Codec.feedback:
         raise FedpeftError(

@@ -165,14 +165,35 @@ NEEDED = {
     "privacy.unit=client": ["privacy.epsilon=1", "rounds.weighting=equal"],
     "robust.space=product": ["robust.rule=krum"],
     "attack.kind=backdoor": ["attack.trigger=[5]"],
+    **{
+        f"comms.{way}.{setting}": [f"comms.{way}.codec={codec}"]
+        for way in ("up", "down")
+        for codec, settings in {
+            "dense": [f"values={name}" for name in ("fp16", "bf16", "int8", "int4", "qsgd")],
+            "topk": [
+                *(f"positions={name}" for name in ("bitmask", "golomb", "coo", "varint")),
+                "scope=tensor",
+                "form=weights",
+                "feedback=always",
+                "feedback=never",
+            ],
+        }.items()
+        for setting in settings
+    },
 }
 """What an option does not go without."""
+
+ALONE = (
+    "partition.kind=natural",
+    *("comms.up.form=weights", "comms.down.feedback=always", "comms.down.feedback=never"),
+)
+"""Options that the quickstart's data, or the direction, refuse."""
 
 
 @pytest.mark.parametrize("key", OPTIONS)
 def test_every_option_is_taken_and_a_mistyped_one_refused(key: str) -> None:
     for option in OPTIONS[key]:
-        if key != "partition.kind" or option != "natural":
+        if f"{key}={option}" not in ALONE:
             parse("", f"{key}={option}", *NEEDED.get(f"{key}={option}", ()))
         typo = option + "x"
         assert typo not in OPTIONS[key]
@@ -183,7 +204,7 @@ def test_every_option_is_taken_and_a_mistyped_one_refused(key: str) -> None:
 
 
 def test_the_options_are_found() -> None:
-    assert len(OPTIONS) == 19 and OPTIONS["engine.kind"] == ("cohort", "sequential", "flower")
+    assert len(OPTIONS) == 31 and OPTIONS["engine.kind"] == ("cohort", "sequential", "flower")
 
 
 # Values
@@ -275,7 +296,7 @@ def test_values_of_files_and_overrides_are_checked() -> None:
 
 def test_every_number_of_the_schema_has_a_range() -> None:
     numbers = {key for key, hint in sections().items() if hint in (int, float)}
-    apart = {"robust", "attack"}  # have checks of their own, and tests of these
+    apart = {"robust", "attack", "comms"}  # have checks of their own, and tests of these
     numbers = {key for key in numbers if key.split(".")[0] not in apart}
     assert len(numbers) > 25
     assert numbers == {k for k, rule in BOUND if rule != "not empty"} | {

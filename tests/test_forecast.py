@@ -16,7 +16,7 @@ from fedpeft.events import Watcher
 from fedpeft.forecast import BytesSpentError, forecast
 from fedpeft.prepare import prepare
 from fedpeft.run import run
-from fedpeft.strategy import available
+from fedpeft.strategy import Strategy, available, build
 from tests.tiny import tiny_recipe, write_tiny
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -39,13 +39,22 @@ def recipe_of(folder: Path, out: Path, name: str = "fedavg", **changes: Any) -> 
     changes.setdefault(
         "rounds", Rounds(count=3, sampling=Sampling("uniform", fraction=0.75), failure_rate=0.2)
     )
+    local = {key.removeprefix("local."): v for key, v in build_of(name).needs().items()}
+    local = {key: v for key, v in local.items() if "." not in key}
+    if build_of(name).walks:
+        local["steps"] = 2
     return dataclasses.replace(
         recipe,
+        local=dataclasses.replace(recipe.local, **local),
         engine=Engine(device="cpu", threads=1),
         output=Output(folder=str(out / "run")),
         baselines=(),
         **changes,
     )
+
+
+def build_of(name: str) -> Strategy[Any]:
+    return build(name, SETTINGS.get(name, {}))
 
 
 def spent(recipe: Recipe) -> tuple[dict[str, int], dict[str, int]]:
@@ -66,7 +75,7 @@ def test_a_run_sends_what_was_forecast(folder: Path, tmp_path: Path, name: str) 
     "comms",
     [
         Comms(up=Codec("topk", positions="coo"), down=Codec("dense", "int8")),
-        Comms(up=Codec("randk", "fp16"), down=Codec("topk", of="weights", positions="bitmask")),
+        Comms(up=Codec("randk", "fp16"), down=Codec("topk", form="weights", positions="bitmask")),
         Comms(up=Codec("powersgd", rank=1)),
     ],
     ids=["topk-int8", "randk-flasc", "powersgd"],

@@ -39,7 +39,7 @@ class Codec:
     scope: whether ``topk`` chooses among all numbers or in each tensor by itself.
     feedback: whether what a codec loses is added to the client's next update. ``auto``: where the
     codec is biased and would stall without.
-    of: whether what is written is the change or the weights themselves; downlink only.
+    form: whether what is written is the change or the weights themselves; downlink only.
     block: numbers that share a scale, of ``int8``, ``int4`` and ``qsgd``.
     levels: of ``qsgd``, at most 127.
     rank: of ``powersgd``.
@@ -55,7 +55,7 @@ class Codec:
     positions: Way = "auto"
     scope: Literal["all", "tensor"] = "all"
     feedback: Literal["auto", "always", "never"] = "auto"
-    of: Literal["update", "weights"] = "update"
+    form: Literal["update", "weights"] = "update"
     block: int = 256
     levels: int = 127
     rank: int = 4
@@ -117,7 +117,7 @@ def _check_meaning(settings: Codec, where: str) -> None:
         "positions": name in POSITIONED,
         "scope": name == "topk",
         "feedback": name != "none" or settings.feedback == "never",
-        "of": name != "none",
+        "form": name != "none",
         "block": settings.values not in CAST,
         "levels": settings.values == "qsgd",
         "rank": name == "powersgd",

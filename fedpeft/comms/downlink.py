@@ -7,7 +7,7 @@ where it holds none or that is shorter. All of them train from the same r.
 Clients train from r; what they reply is moved by ``w - r``, so that the strategy receives updates
 of its own model.
 
-With ``of: weights`` there is nothing to refer to: ``r = C(w)``, as in FLASC (Kuo et al., arXiv
+With ``form: weights`` there is nothing to refer to: ``r = C(w)``, as in FLASC (Kuo et al., arXiv
 2406.05233), whose clients start from the largest weights and zeros.
 """
 
@@ -209,7 +209,7 @@ class Downlink(Postprocessor):
                     f"sent, which this one does not hold: it needs the whole"
                 )
             start_of = _unflat(before)
-        codec = PLAIN if whole and self.codec.of == "update" else self.codec
+        codec = PLAIN if whole and self.codec.form == "update" else self.codec
         wire.expect(header, codec=codec.codec, base=self.base, schema=schema.digest, round=0)
         vectors, exact = read(codec, sections, schema)
         trees = applied(schema, vectors, _stacked(start_of), exact)
@@ -223,7 +223,7 @@ class Downlink(Postprocessor):
     def _next(self, schema: Schema, wanted: Mapping[str, Tree], before: Held) -> Held:
         """The next version."""
         version = before.version + 1
-        if self.codec.of == "weights":
+        if self.codec.form == "weights":
             coded, trees = self._coded(self.codec, schema, wanted, {}, version)
             return Held(version, trees, before.clients, {})
         start_of = before.trees if before.version else self._start(schema)
@@ -257,7 +257,7 @@ class Downlink(Postprocessor):
 
     def _ways(self, schema: Schema, own: Held, clients: Sequence[str]) -> Ways:
         """How each client is brought to the newest version."""
-        codec = self.codec if self.codec.of == "weights" else PLAIN
+        codec = self.codec if self.codec.form == "weights" else PLAIN
         wholes = [
             self._coded(codec, schema, own.trees, {}, own.version, told)[0]
             for told in (False, True)

@@ -263,7 +263,7 @@ def test_random_k_is_unbiased_and_everybody_knows_its_places() -> None:
     assert float((found.mean(dim=0) - row[0]).norm() / row.norm()) < 0.06
     places = philox.chosen(torch.arange(8000), PLACES, 200, 20)
     assert torch.equal(found.nonzero()[:, 1].view(8000, 20), places)
-    plain = restore(Codec(codec="randk", feedback="on"), row)[0]
+    plain = restore(Codec(codec="randk", feedback="always"), row)[0]
     assert torch.equal(plain[places[0]], row[0, places[0]])
     assert torch.equal(restore(Codec(codec="randk", density=1.0), row), row)
 

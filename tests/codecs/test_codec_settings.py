@@ -51,7 +51,7 @@ def test_settings_are_a_structured_recipe() -> None:
         ({"codec": "topk", "rank": 2}, "rank=2 means nothing"),
         ({"codec": "topk", "alpha": 2.0}, "alpha=2.0 means nothing"),
         ({"codec": "topk", "rescale": 0.5}, "rescale=0.5 means nothing"),
-        ({"of": "weights"}, "of=weights means nothing"),
+        ({"form": "weights"}, "form=weights means nothing"),
         ({"codec": "powersgd", "values": "int8"}, "cast only"),
         ({"codec": "dare", "feedback": "always"}, "Use randk or topk"),
         (

@@ -168,7 +168,7 @@ def test_groups_that_are_sent_the_same_share_a_version() -> None:
 
 
 def test_weights_of_flasc_have_no_reference() -> None:
-    own = downlink(Codec("topk", density=0.25, of="weights"))
+    own = downlink(Codec("topk", density=0.25, form="weights"))
     clients = Clients(own)
     for round_ in (1, 2):
         stack = play(own, clients, round_, ("ada",))

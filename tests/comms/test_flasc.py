@@ -35,7 +35,7 @@ def flasc(down: float, up: float) -> Recipe:
         rounds=Rounds(count=ROUNDS, weighting="equal"),
         local=Local(optimizer="sgd", lr=0.1, momentum=0.9, batch_size=4),
         comms=Comms(
-            down=Codec(codec="topk", of="weights", density=down),
+            down=Codec(codec="topk", form="weights", density=down),
             up=Codec(codec="topk", feedback="never", density=up),
         ),
     )

@@ -150,7 +150,7 @@ def test_a_codec_with_secure_aggregation_is_refused(folder: Path, tmp_path: Path
     [
         ("comms.up.codec=gzip", "comms.up.codec"),
         ("comms.up.density=0", "comms.up.density"),
-        ("comms.up={codec: topk, of: weights}", r"comms\.up\.of=weights"),
+        ("comms.up={codec: topk, form: weights}", r"comms\.up\.form=weights"),
         ("comms.down={codec: topk, feedback: always}", r"comms\.down\.feedback=always"),
         ("comms.budget=50", r"comms\.budget='50' must be a number and"),
         ("comms.budget=0 MB", r"comms\.budget='0 MB'.*above 0"),

@@ -52,7 +52,7 @@ def slope_sums(own: Prepared, examples: int) -> torch.Tensor:
     return reply.trees["walk"]["m"][0].double() / LR * expected
 
 
-def test_adding_one_example_changes_the_sum_by_at_most_the_clip_norm() -> None:
+def test_adding_one_example_changes_the_sum_of_slopes_by_at_most_the_clip_norm() -> None:
     for clip in (C, 50.0):
         everything = slope_sums(prepared(list(range(8)), clip=clip), 8)
         changes = []

@@ -71,7 +71,12 @@ def test_figures_that_are_not_finite_are_null_and_every_line_is_valid_json(log: 
 
 
 WRONG = [
-    ("rounds", 1, ROUND, "kind 'rounds' is not one of round, evaluation, baseline, summary, note"),
+    (
+        "rounds",
+        1,
+        ROUND,
+        "kind 'rounds' is not one of round, bytes, evaluation, baseline, summary, note",
+    ),
     ("round", 1, {**ROUND, "schema": 2}, "['schema'] are not fields"),
     ("note", 1, {"text": "x", "round": 3}, "['round'] are not fields"),
     ("round", 1, {}, "needs bytes_down, bytes_up, clients, failures, loss, replies, seconds"),
