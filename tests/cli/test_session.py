@@ -187,7 +187,10 @@ def test_resume_ends_a_run_that_was_interrupted(
 
 @pytest.mark.slow  # imports everything once more
 def test_ctrl_c_in_a_shell(files: Path, tmp_path: Path) -> None:
-    main = "from fedpeft.cli import main; main()"
+    main = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"  # as in a shell
+        "from fedpeft.cli import main; main()"
+    )
     recipe = [str(files / "recipe.yaml"), f"output.folder={tmp_path / 'a run'}"]
     more = ["rounds.count=100000", "evaluation.every=100000", "output.checkpoint_every=100000"]
     with subprocess.Popen(
