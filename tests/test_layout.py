@@ -11,6 +11,7 @@ import inspect
 import os
 import pkgutil
 import re
+import subprocess
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -164,6 +165,15 @@ def test_no_path_of_one_machine() -> None:
                 found.append(f"{name(path)}:{number}: {line.strip()[:80]}")
     assert texts > 50
     assert found == []
+
+
+def test_the_only_link_is_that_to_the_strategies() -> None:
+    """A link to one machine's folder would be followed, or written over what lies there."""
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    links = [line.split("\t")[1] for line in listed.stdout.splitlines() if line[:6] == "120000"]
+    assert links == ["fedpeft/strategies"]
 
 
 def test_no_file_is_large() -> None:
