@@ -12,7 +12,7 @@ from typing import Any
 
 from fedpeft import sampling
 from fedpeft.cohort.federation import client_weights
-from fedpeft.comms.ledger import Bytes, Entry, entries, totals
+from fedpeft.comms.ledger import Bytes, Entry, entries, grouped, totals
 from fedpeft.config import Rounds
 from fedpeft.errors import QuorumError
 from fedpeft.federation import Federation
@@ -126,8 +126,7 @@ class _Books:
 
     def out(self, sent: Sequence[Messages]) -> list[Messages]:
         """Counts what is sent; the messages of the clients that are still there."""
-        for stack in sent:
-            self.down.extend(entries(stack))
+        self.down.extend(grouped(entry for stack in sent for entry in entries(stack)))
         present = [
             stack.rows([k for k, name in enumerate(stack.clients) if name not in self.lost])
             for stack in sent
@@ -136,7 +135,7 @@ class _Books:
 
     def back(self, intake: Intake) -> None:
         """Counts what came back. The loss is that of the first exchange that trains."""
-        self.up.extend(intake.entries)
+        self.up.extend(grouped(intake.entries))
         self.lost |= intake.excluded
         if math.isnan(self.loss) and intake.weight_sum > 0:
             self.loss = intake.loss_sum / intake.weight_sum

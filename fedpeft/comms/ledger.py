@@ -45,6 +45,15 @@ def totals(entries: Iterable[Entry]) -> Bytes:
     return dict(found)
 
 
+def grouped(entries: Iterable[Entry]) -> list[Entry]:
+    """The same of one exchange: clients of equal bytes together, sorted, whoever trained them."""
+    found: dict[tuple[tuple[str, int], ...], list[str]] = {}
+    for entry in entries:
+        found.setdefault(tuple(sorted(entry.each.items())), []).extend(entry.clients)
+    whole = [Entry(tuple(sorted(clients)), dict(each)) for each, clients in found.items()]
+    return sorted(whole, key=lambda entry: entry.clients)
+
+
 @cache
 def _header(dtype: str, shape: tuple[int, ...]) -> int:
     out = io.BytesIO()
