@@ -13,7 +13,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["fedpeft.comms"]):
+with atheris.instrument_imports(include=["fedpeft.codecs"]):
     from fedpeft.errors import PayloadError
     from tests.codecs.vandal import payloads, receive, sealed
 

@@ -4,15 +4,12 @@ read the same numbers; every codec, every strategy, both ways."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from flwr.app import RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft.codecs.settings import Codec
 from fedpeft.config import Comms, Engine, Recipe, Rounds, Sampling
@@ -23,7 +20,7 @@ from fedpeft.privacy.compatibility import downlink_codec, uplink_codec
 from fedpeft.strategy import available, build
 from fedpeft.tree import Tree
 from tests.flower.nodes import InProcess
-from tests.tiny import tiny_recipe, write_tiny
+from tests.tiny import tiny_recipe
 
 NODES = {900 - k: {"partition-id": k, "num-partitions": 4} for k in range(4)}
 CODECS = {
@@ -48,19 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("tiny")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        write_tiny(folder)
-        yield folder
+pytestmark = pytest.mark.usefixtures("flower_task")
 
 
 def recipe_of(folder: Path, comms: Comms, name: str = "fedavg") -> Recipe:
@@ -121,13 +106,13 @@ def check(recipe: Recipe) -> list[RoundReport]:
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_replies_through_every_codec(folder: Path, name: str) -> None:
-    check(recipe_of(folder, Comms(up=CODECS[name])))
+def test_replies_through_every_codec(tiny: Path, name: str) -> None:
+    check(recipe_of(tiny, Comms(up=CODECS[name])))
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_requests_through_every_codec(folder: Path, name: str) -> None:
-    reports = check(recipe_of(folder, Comms(down=CODECS[name])))
+def test_requests_through_every_codec(tiny: Path, name: str) -> None:
+    reports = check(recipe_of(tiny, Comms(down=CODECS[name])))
     told = [report.down.get("schema", 0) for report in reports]
     met = {name for report in reports for name in report.sampled}
     assert sum(told) == len(met) * told[0] // len(reports[0].sampled), "each client once"
@@ -143,15 +128,13 @@ GOES = [
 
 
 @pytest.mark.parametrize(("name", "way"), GOES)
-def test_every_strategy_both_ways(folder: Path, name: str, way: str) -> None:
+def test_every_strategy_both_ways(tiny: Path, name: str, way: str) -> None:
     codec = CODECS["topk"] if way == "up" else CODECS["int8"]
-    check(recipe_of(folder, Comms(**{way: codec}), name))
+    check(recipe_of(tiny, Comms(**{way: codec}), name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "way"), GOES)
-def test_every_cell_is_on_the_ledger_as_it_is_on_the_wire(
-    folder: Path, name: str, way: str
-) -> None:
+def test_every_cell_is_on_the_ledger_as_it_is_on_the_wire(tiny: Path, name: str, way: str) -> None:
     for codec in CODECS.values():
-        check(recipe_of(folder, Comms(**{way: codec}), name))
+        check(recipe_of(tiny, Comms(**{way: codec}), name))
