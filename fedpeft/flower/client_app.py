@@ -149,7 +149,8 @@ def _reason(error: Exception) -> str:
 def _own_header(prepared: Prepared, client: str, asked: Header) -> Header:
     network = prepared.network
     digests = network.digest, network.layout.digest
-    return Header(asked.round, client, *digests, exchange=asked.exchange)
+    same = {name: getattr(asked, name) for name in ("exchange", "run", "nonce")}
+    return Header(asked.round, client, *digests, **same)
 
 
 def _check(asked: Header, own: Header) -> None:

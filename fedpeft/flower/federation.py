@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -55,6 +56,7 @@ class FlowerFederation:
 
     nodes: how many must join before the first round. digests: the server's own; without them the
     nodes must agree with each other. alive: called while waiting; it may raise to end the wait.
+    run: the identity of the run whose rounds these are, for what sites keep of it.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class FlowerFederation:
         digests: Digests | None = None,
         patience: Patience | None = None,
         alive: Callable[[], None] = lambda: None,
+        run: str = "",
     ) -> None:
         self._grid = grid
         self._recipe = dump_recipe(recipe)
@@ -75,6 +78,7 @@ class FlowerFederation:
         self._digests = digests
         self._patience = patience or Patience()
         self._alive = alive
+        self._run = run
         self._sizes: dict[str, int] = {}
         self._route: dict[str, int] = {}
         self._known: set[int] = set()
@@ -168,15 +172,15 @@ class FlowerFederation:
     def _meet(self, ids: Iterable[int]) -> list[str]:
         """Asks nodes who they are; returns why some cannot take part."""
         refused = []
-        header = Header(recipe=self._recipe)
-        answers = self._exchange(
-            MessageType.QUERY, {node: encode(Message(), header) for node in ids}, 0
-        )
+        header = Header(recipe=self._recipe, run=self._run)
+        nonces = {node: _nonce() for node in ids}
+        asked = {n: encode(Message(), replace(header, nonce=nonces[n])) for n in nonces}
+        answers = self._exchange(MessageType.QUERY, asked, 0)
         first = not self._sizes
         for node, answer in sorted(answers.items()):
             self._known.add(node)
             try:
-                client, examples = self._introduction(answer)
+                client, examples = self._introduction(answer, nonces[node])
                 if first and client in self._route:
                     raise ReplyError(f"client {client!r} has a node already; give each its own")
             except ReplyError as error:
@@ -187,9 +191,11 @@ class FlowerFederation:
             self._sizes, self._route = {}, {}
         return refused
 
-    def _introduction(self, answer: FlowerMessage | None) -> tuple[str, int]:
+    def _introduction(self, answer: FlowerMessage | None, nonce: str) -> tuple[str, int]:
         """A node's client and its number of training examples."""
         reply, header = self._read(answer)
+        if header.nonce != nonce:
+            raise ReplyError("its introduction answers another request")
         found = Digests(header.base, header.layout)
         self._digests = self._digests or found
         if found != self._digests:
@@ -225,12 +231,17 @@ class FlowerFederation:
         self.clients()
         present = self._refresh()
         base = self._digests or Digests("", "")
-        header = Header(round, "", base.base, base.layout, self._recipe, self._at[1])
+        common = Header(round, "", base.base, base.layout, self._recipe, self._at[1], self._run)
+        headers = {
+            name: replace(common, client=name, nonce=_nonce())
+            for messages in stacks
+            for name in messages.clients
+        }
         contents: dict[int, RecordDict] = {}
         for messages in stacks:
             at = [k for k, name in enumerate(messages.clients) if self._route.get(name) in present]
             sent = messages.rows(at)
-            records = encode_stack(sent, [replace(header, client=name) for name in sent.clients])
+            records = encode_stack(sent, [headers[name] for name in sent.clients])
             nodes = [self._route[name] for name in sent.clients]
             contents.update(zip(nodes, records, strict=True))
         answers = self._exchange(kind, contents, round)
@@ -240,7 +251,7 @@ class FlowerFederation:
                 yield client, Failure(client, "its node is not connected")
                 continue
             try:
-                reply = self._checked(client, round, answers.pop(node))
+                reply = self._checked(headers[client], answers.pop(node))
             except ReplyError as error:
                 yield client, Failure(client, str(error))
                 continue
@@ -248,13 +259,11 @@ class FlowerFederation:
                 self._trained.add(client)
             yield client, reply
 
-    def _checked(self, client: str, round: int, answer: FlowerMessage | None) -> Message:
-        """A reply's message. Raises ReplyError if it is another client's, round's or model's."""
+    def _checked(self, asked: Header, answer: FlowerMessage | None) -> Message:
+        """A reply's message. Raises ReplyError if it is no answer to this very request."""
         reply, header = self._read(answer)
-        own = self._digests or Digests("", "")
-        wanted = Header(round, client, own.base, own.layout)
-        for what in ("client", "round", "base", "layout"):
-            theirs, ours = getattr(header, what), getattr(wanted, what)
+        for what in ("client", "round", "exchange", "base", "layout", "run", "nonce"):
+            theirs, ours = getattr(header, what), getattr(asked, what)
             if theirs != ours:
                 raise ReplyError(f"the reply is of {what} {theirs!r}, asked was {ours!r}")
         return reply
@@ -280,8 +289,11 @@ class FlowerFederation:
         began = time.monotonic()
         while waiting and time.monotonic() - began < self._patience.reply:
             for answer in self._grid.pull_messages(list(waiting)):
-                node = waiting.pop(answer.metadata.reply_to_message_id)
-                answers[node] = answer
+                asked = waiting.pop(answer.metadata.reply_to_message_id, None)
+                if asked is None:
+                    log.warning("passed over a reply that answers nothing, or once more")
+                    continue
+                answers[asked] = answer
             if waiting:
                 self._pause(began)
         return answers
@@ -290,6 +302,10 @@ class FlowerFederation:
         """Waits a fiftieth of the time waited so far, within [5 ms, 1 s]."""
         self._alive()
         time.sleep(min(1.0, max(0.005, (time.monotonic() - began) / 50)))
+
+
+def _nonce() -> str:
+    return secrets.token_hex(8)
 
 
 def _schema(outcome: Message | Failure) -> object:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -24,6 +25,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedpeft import __version__
 from fedpeft import tree as trees
 from fedpeft.errors import ReplyError
 from fedpeft.strategy import Message, Messages
@@ -46,7 +48,9 @@ class Header:
 
     round: counts from 1; 0 outside rounds. client: whom the message is for or from. base, layout:
     digests of the frozen base and of the trainable tensors. recipe: in requests, as YAML; a client
-    needs nothing else to prepare. exchange: of the round, from 0.
+    needs nothing else to prepare. exchange: of the round, from 0. run: whose rounds these are, the
+    same after a resume. nonce: of one request, random; its reply has the same. version: of the
+    sender's fedpeft.
     """
 
     round: int = 0
@@ -55,6 +59,9 @@ class Header:
     layout: str = ""
     recipe: str = ""
     exchange: int = 0
+    run: str = ""
+    nonce: str = ""
+    version: str = __version__
 
 
 def encode(message: Message, header: Header) -> RecordDict:
@@ -126,6 +133,7 @@ def _records(arrays: dict[str, ArrayRecord], message: Message, header: Header) -
 
 
 def _decode_header(record: ConfigRecord) -> Header:
+    _check_version(record.get("version"))
     known = {f.name: type(f.default) for f in fields(Header)}
     for name in sorted({*known, *record}):
         if name not in record or name not in known or type(record[name]) is not known[name]:
@@ -133,6 +141,28 @@ def _decode_header(record: ConfigRecord) -> Header:
             wanted = known[name].__name__ if name in known else "unknown"
             raise ReplyError(f"header field {name!r} is {value}, should be {wanted}")
     return Header(**dict(record))  # type: ignore[arg-type]  # types were just checked
+
+
+def _check_version(theirs: object) -> None:
+    """Raises ReplyError where the sender's fedpeft speaks another language than this one.
+
+    Before 1.0 that changes with the second number, from 1.0 on with the first.
+    """
+    if not isinstance(theirs, str) or not _VERSION.fullmatch(theirs):
+        raise ReplyError(f"header field 'version' is {str(theirs)[:40]!r}, no version of fedpeft")
+    own, other = ([int(n) for n in v.split(".")[:2]] for v in (__version__, theirs))
+    if own[0] == other[0] and (own[0] > 0 or own[1] == other[1]):
+        return
+    newer = "newer" if other > own else "older"
+    raise ReplyError(
+        f"the sender's fedpeft {theirs} is {newer} than this one, {__version__}, and they do not "
+        f"understand each other: install the same version on server and sites"
+    )
+
+
+_VERSION = re.compile(
+    r"\d{1,4}\.\d{1,4}(?:\.\d{1,4})?(?:[A-Za-z.+-][A-Za-z0-9.+-]{0,40})?", re.ASCII
+)
 
 
 def _encode_tensor(tensor: Tensor) -> Array:
