@@ -42,7 +42,12 @@ class ClientsOutcome:
 
 
 def summarise(task: Task, scores: dict[str, Score]) -> ClientsOutcome:
-    """Mean and worst tenth: of accuracies, or of losses per token for language modelling."""
+    """Mean and worst tenth: of accuracies, or of losses per token for language modelling.
+
+    NaN of nobody.
+    """
+    if not scores:
+        return ClientsOutcome({}, math.nan, math.nan)
     if task == "classification":
         mean, worst = mean_and_worst([own.accuracy for own in scores.values()])
         return ClientsOutcome(scores, mean, worst)

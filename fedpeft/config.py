@@ -104,6 +104,8 @@ class Rounds:
     count: how many. weighting: ``examples`` (p_k proportional to training examples) or ``equal``.
     quorum: the share of a round's clients whose valid replies the round needs. failure_rate: the
     probability that a client drops out of a round (simulated; it may come back in the next).
+    aborts: how many rounds in a row may fall short of the quorum; each leaves the model as it was
+    and counts, one more stops the run with a checkpoint.
     """
 
     count: int = 5
@@ -111,6 +113,7 @@ class Rounds:
     weighting: Literal["examples", "equal"] = "examples"
     quorum: float = 0.5
     failure_rate: float = 0.0
+    aborts: int = 0
 
 
 @dataclass(frozen=True)

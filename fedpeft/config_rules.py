@@ -47,6 +47,7 @@ RULES = {
     "rounds.sampling.groups": _FROM_1,
     "rounds.quorum": _UNIT,
     "rounds.failure_rate": _BELOW_1,
+    "rounds.aborts": _FROM_0,
     "local.lr": _ABOVE_0,
     "local.momentum": _BELOW_1,
     "local.weight_decay": _FINITE,

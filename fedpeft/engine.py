@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -29,7 +30,8 @@ class RoundReport:
     sampled: clients drawn. dropped: of these, the ones that dropped out (simulated). excluded:
     client -> why its training failed or its reply was refused. replied: clients in the aggregate.
     loss: mean training loss of the replies, by weight. down, up: bytes by kind. sent, came: the
-    same by client and exchange. seconds: wall time.
+    same by client and exchange. seconds: wall time. aborted: why the round has no result, if it has
+    none.
     """
 
     round: int
@@ -43,6 +45,15 @@ class RoundReport:
     seconds: float
     sent: tuple[Entry, ...] = ()
     came: tuple[Entry, ...] = ()
+    aborted: str = ""
+
+
+class AbortedRoundError(QuorumError):
+    """A round without a result; ``report`` says what was sent and came all the same."""
+
+    def __init__(self, report: RoundReport) -> None:
+        super().__init__(report.aborted)
+        self.report = report
 
 
 @dataclass(frozen=True)
@@ -73,56 +84,67 @@ def play_round(
 
     seam: what is done to messages beside the algorithm, and, where the seed may not decide it, who
     takes part. A round that sampling leaves empty keeps the state, unless the seam releases
-    something all the same. Raises QuorumError when fewer valid replies come back than
-    ``rounds.quorum`` of the clients sampled; the state is then unchanged.
+    something all the same. Raises AbortedRoundError when fewer valid replies come back than
+    ``rounds.quorum`` of the clients sampled, or than what receives them needs; the state is then
+    unchanged.
     """
     began = time.perf_counter()
-    names = seam.names
-    if names is None:
-        names = sampling.draw(rounds.sampling, federation.clients(), seed, number)
+    draw = partial(sampling.draw, rounds.sampling)
+    names = draw(federation.clients(), seed, number) if seam.names is None else seam.names
     lost = sampling.draw_failures(rounds.failure_rate, names, seed, number)
     if not names:
         after = _nobody(strategy, state, federation, number, seam)
-        empty = RoundReport(number, (), (), {}, 0, math.nan, {}, {}, time.perf_counter() - began)
-        return after, empty
-    after, books = state, _Books([], [], dict.fromkeys(sorted(lost), "dropped out"))
-    fewest = max(1, math.ceil(rounds.quorum * len(names)))
-    asked: tuple[str, ...] = names
-    for _ in range(strategy.exchanges):
-        sent = [seam.post.announce(one) for one in addressed(strategy, after, number, asked)]
-        going = books.out(sent)
-        intake = intake_of(strategy, going, federation.clients(), rounds)
-        replies = intake.stream(federation.run(number, *going) if going else iter(()))
-        after = _received(strategy, after, sent, replies, seam.post)
-        books.back(intake)
-        seam.post.arrived([n for one in going for n in one.clients if n not in books.lost])
-        if intake.replied < fewest:
-            raise QuorumError(_short(number, names, intake.replied, rounds, books.lost))
-        asked = tuple(name for name in names if name not in books.lost)
+        seconds = time.perf_counter() - began
+        return after, RoundReport(number, (), (), {}, 0, math.nan, {}, {}, seconds)
+    books = _Books([], [], dict.fromkeys(sorted(lost), "dropped out"))
+    fewest, after, aborted = max(1, math.ceil(rounds.quorum * len(names))), state, ""
+    try:
+        for exchange in range(strategy.exchanges):
+            asked = names if exchange == 0 else tuple(n for n in names if n not in books.lost)
+            sent = [seam.post.announce(one) for one in addressed(strategy, after, number, asked)]
+            going = books.out(sent)
+            intake = intake_of(strategy, going, federation.clients(), rounds)
+            replies = intake.stream(federation.run(number, *going) if going else iter(()))
+            try:
+                after = _received(strategy, after, sent, replies, seam.post)
+            finally:
+                books.back(intake)
+            seam.post.arrived([n for one in going for n in one.clients if n not in books.lost])
+            if intake.replied < fewest:
+                raise QuorumError(_short(number, names, intake.replied, rounds, books.lost))
+    except QuorumError as error:
+        aborted = str(error)
     report = RoundReport(
         round=number,
         sampled=names,
         dropped=tuple(sorted(lost)),
         excluded={name: why for name, why in sorted(books.lost.items()) if name not in lost},
-        replied=intake.replied,
+        replied=books.replied,
         loss=books.loss,
         down=totals(books.down),
         up=totals(books.up),
         seconds=time.perf_counter() - began,
         sent=tuple(books.down),
         came=tuple(books.up),
+        aborted=aborted,
     )
+    if aborted:
+        raise AbortedRoundError(report)
     return after, report
 
 
 @dataclass
 class _Books:
-    """What a round has sent and received so far; client -> why it is in it no more."""
+    """What a round has sent and received so far.
+
+    lost: client -> why it is in it no more. replied: valid replies of the last exchange.
+    """
 
     down: list[Entry]
     up: list[Entry]
     lost: dict[str, str]
     loss: float = math.nan
+    replied: int = 0
 
     def out(self, sent: Sequence[Messages]) -> list[Messages]:
         """Counts what is sent; the messages of the clients that are still there."""
@@ -137,6 +159,7 @@ class _Books:
         """Counts what came back. The loss is that of the first exchange that trains."""
         self.up.extend(grouped(intake.entries))
         self.lost |= intake.excluded
+        self.replied = intake.replied
         if math.isnan(self.loss) and intake.weight_sum > 0:
             self.loss = intake.loss_sum / intake.weight_sum
 

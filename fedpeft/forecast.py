@@ -21,8 +21,8 @@ from fedpeft.cohort.shelf import Shelf
 from fedpeft.comms.ledger import Bytes, Ledger
 from fedpeft.config_comms import budget_of
 from fedpeft.defence import Attackers, RobustRule
-from fedpeft.engine import Seam, play_round
-from fedpeft.errors import FedpeftError, QuorumError
+from fedpeft.engine import AbortedRoundError, Seam, play_round
+from fedpeft.errors import FedpeftError
 from fedpeft.federation import Failure
 from fedpeft.metrics import Score
 from fedpeft.postprocess import Chain
@@ -91,20 +91,23 @@ class Purse:
 
 
 def forecast(prepared: Prepared) -> Forecast:
-    """The bytes of the run's rounds; a round without quorum ends them."""
+    """The bytes of the run's rounds; those that the quorum stops are not among them."""
     own = dataclasses.replace(prepared)  # nothing of what the run itself will remember
     recipe, strategy = own.recipe, own.strategy
     links = [x for x in own.post.links if not isinstance(x, RobustRule | Attackers)]
     seam, federation = Seam(Chain(tuple(links))), own.secured(_Still(own))
     ledger, each, state = Ledger(), list[int](), strategy.init(own.problem)
-    requests = replies = 0
+    requests = replies = short = 0
     for number in range(1, recipe.rounds.count + 1):
         try:
             state, report = play_round(
                 strategy, state, federation, recipe.rounds, recipe.seed, number, seam
             )
-        except QuorumError:
-            break
+            short = 0
+        except AbortedRoundError as error:
+            report, short = error.report, short + 1
+            if short > recipe.rounds.aborts:
+                break
         ledger.add(report.down, report.up)
         each.append(sum(report.down.values()) + sum(report.up.values()))
         requests += sum(len(entry.clients) for entry in report.sent)

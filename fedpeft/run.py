@@ -1,347 +1,65 @@
-"""A run from recipe to table: rounds, evaluations, checkpoints, baselines, the exported adapter."""
+"""A run from recipe to table, on the recipe's engine, or on with one that was stopped."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import shutil
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from fedpeft import sampling
-from fedpeft.base import export_with_base
-from fedpeft.baselines import baseline, clients_outcome, test_score
-from fedpeft.comms.ledger import Ledger
+from fedpeft import job
 from fedpeft.config import Recipe
-from fedpeft.config_load import dump_recipe, parse_recipe
-from fedpeft.engine import RoundReport, Seam, play_round
-from fedpeft.errors import FedpeftError, QuorumError
-from fedpeft.evaluate import score
+from fedpeft.errors import FedpeftError
 from fedpeft.events import Outcome, Summary, Watcher
-from fedpeft.federation import Federation
-from fedpeft.forecast import BytesSpentError, Purse
-from fedpeft.metrics import Score
-from fedpeft.model import save_adapter
-from fedpeft.plan import make_plan
-from fedpeft.prepare import Prepared, prepare
-from fedpeft.privacy.guard import BudgetSpentError, Guard
-from fedpeft.record.checkpoint import Checkpoint, latest, save
+from fedpeft.prepare import Prepared
 from fedpeft.record.folder import RunFolder
-from fedpeft.tree import Layout, Tree
 from fedpeft.workers.federation import WorkersFederation
 
 
 def run(recipe: Recipe, watcher: Watcher) -> Summary:
-    """A new run. Raises FedpeftError on bad input, before anything is written where possible.
-
-    KeyboardInterrupt and QuorumError leave a checkpoint of the last complete round.
-    """
-    RunFolder.check(Path(recipe.output.folder), recipe.output.overwrite)
-    prepared = prepare(recipe)
-    purse = Purse.of(prepared)
-    folder = RunFolder.create(Path(recipe.output.folder), recipe.output.overwrite)
-    folder.describe(dump_recipe(prepared.resolved()), prepared.population.fingerprint)
-    state = prepared.strategy.init(prepared.problem)
-    extra = _extra(Ledger(), 0, 0, 0, 0.0) | {"base": prepared.network.digest}
-    with guarded(prepared, folder) as guard:
-        job = _Job(prepared, folder, watcher, Checkpoint(0, state, {}, extra), guard, purse)
-        job.save()
-        return job.go()
+    """A new run; see ``fedpeft.job.begin``."""
+    return job.begin(recipe, watcher, partial(_host, watcher))
 
 
 def resume(path: str, watcher: Watcher) -> Summary:
     """Goes on with a run from its newest whole checkpoint, as if it had never stopped."""
     folder = RunFolder.open(Path(path))
-    recipe = parse_recipe(folder.recipe(), str(folder.path))
-    output = dataclasses.replace(recipe.output, folder=str(folder.path))
-    prepared = prepare(dataclasses.replace(recipe, output=output))
-    folder.check_data(prepared.population.fingerprint)
-    kind = type(prepared.strategy.init(prepared.problem))
-    checkpoint, warnings = latest(folder.checkpoints, kind)
-    if checkpoint.extra["base"] != prepared.network.digest:
+    if folder.deployed:
         raise FedpeftError(
-            f"{path}: the run was made with another base model (digest {checkpoint.extra['base']}, "
-            f"now {prepared.network.digest}): restore model.name={prepared.recipe.model.name!r} as "
-            f"it was, or start a new run."
+            f"{path} is a run of a deployment, whose clients are its sites: on the server, submit "
+            f"it again with run config resume=true; `fedpeft deploy up DIR --local --resume` on "
+            f"this machine alone."
         )
-    folder.metrics.truncate_after(checkpoint.round)
-    prepared.post.restore(checkpoint.extra.get("post", {}))
-    with guarded(prepared, folder, checkpoint.extra.get("privacy")) as guard:
-        job = _Job(prepared, folder, watcher, checkpoint, guard, Purse.of(prepared))
-        again = [] if guard is None else guard.again(checkpoint.round)
-        for text in [*warnings, f"resumed after round {checkpoint.round}", *again]:
-            job.note(checkpoint.round, text)
-        return job.go()
+    return job.go_on(folder.path, watcher, partial(_host, watcher))
 
 
-@contextmanager
-def guarded(
-    prepared: Prepared, folder: RunFolder, head: str | None = None
-) -> Iterator[Guard | None]:
-    """What lets clients into the rounds, and its ledger in the run folder; None without privacy.
-
-    head: what the ledger must hold.
-    """
-    if prepared.terms is None:
-        yield None
-        return
-    guard = Guard(prepared.terms, folder.path / "privacy.jsonl", prepared.recipe, head)
-    try:
-        yield guard
-    finally:
-        guard.close()
+def _host(watcher: Watcher, prepared: Prepared, identity: str, body: job.Body) -> Outcome:
+    """What ``body`` makes of the run's clients, on the recipe's engine."""
+    if prepared.recipe.engine.kind == "flower":
+        return _on_flower(prepared, body)
+    if prepared.workers > 1:
+        return _on_workers(watcher, prepared, body)
+    return body(prepared.secured(prepared.federation(watcher.chunk_done)))
 
 
-def _extra(
-    ledger: Ledger, messages: int, excluded: int, dropped: int, seconds: float
-) -> dict[str, Any]:
-    """A run's running totals, as a checkpoint holds them."""
-    books = {"excluded": excluded, "dropped": dropped, "seconds": seconds, "messages": messages}
-    return {"down": dict(ledger.down), "up": dict(ledger.up), **books}
+def _on_workers(watcher: Watcher, prepared: Prepared, body: job.Body) -> Outcome:
+    """In several processes; Ray is loaded only then."""
+    from fedpeft.workers.ray_pool import opened
+
+    with opened(prepared) as pool:
+        workers = WorkersFederation(prepared, pool, watcher.chunk_done)
+        return body(prepared.secured(workers))
 
 
-@dataclass
-class _Job:
-    """A run under way. ``at`` is the last complete round, as it would be checkpointed."""
+def _on_flower(prepared: Prepared, body: job.Body) -> Outcome:
+    """On Flower's simulation; Flower and Ray are loaded only then."""
+    from fedpeft.flower.federation import Digests, FlowerFederation
+    from fedpeft.flower.secure import secured_in_simulation
+    from fedpeft.flower.simulate import run_in_simulation
 
-    prepared: Prepared
-    folder: RunFolder
-    watcher: Watcher
-    at: Checkpoint[Any]
-    guard: Guard | None
-    purse: Purse | None
-    saved: int = field(default=-1)
+    recipe, network = prepared.recipe, prepared.network
+    nodes = len(prepared.population.clients)
+    own = Digests(network.digest, network.layout.digest)
 
-    def go(self) -> Summary:
-        """Rounds still to be played, then the end of the run."""
-        began = time.perf_counter()
-        recipe = self.prepared.recipe
-        self.watcher.planned(make_plan(self.prepared), str(self.folder.path))
-        self.watcher.stage(str(recipe.strategy["name"]), recipe.rounds.count)
-        if recipe.engine.kind == "flower":
-            outcome = self._on_flower()
-        elif self.prepared.workers > 1:
-            outcome = self._on_workers()
-        else:
-            own = self.prepared.federation(self.watcher.chunk_done)
-            outcome = self._federate(self.prepared.secured(own))
-        return self._finish(outcome, began)
+    def rounds(federation: FlowerFederation) -> Outcome:
+        return body(secured_in_simulation(prepared, federation))
 
-    def _on_workers(self) -> Outcome:
-        """The rounds in several processes; Ray is loaded only then."""
-        from fedpeft.workers.ray_pool import opened
-
-        with opened(self.prepared) as pool:
-            workers = WorkersFederation(self.prepared, pool, self.watcher.chunk_done)
-            return self._federate(self.prepared.secured(workers))
-
-    def _on_flower(self) -> Outcome:
-        """The rounds on Flower's simulation; Flower and Ray are loaded only then."""
-        from fedpeft.flower.federation import Digests, FlowerFederation
-        from fedpeft.flower.secure import secured_in_simulation
-        from fedpeft.flower.simulate import run_in_simulation
-
-        recipe, network = self.prepared.recipe, self.prepared.network
-        nodes = len(self.prepared.population.clients)
-        own = Digests(network.digest, network.layout.digest)
-
-        def rounds(federation: FlowerFederation) -> Outcome:
-            return self._federate(secured_in_simulation(self.prepared, federation))
-
-        return run_in_simulation(recipe, nodes, recipe.engine.workers, rounds, own)
-
-    def save(self) -> None:
-        """Writes the last complete round's checkpoint, unless it is there."""
-        if self.saved != self.at.round:
-            save(self.folder.checkpoints, self.at, self.prepared.recipe.output.keep)
-            self.saved = self.at.round
-
-    def note(self, number: int, text: str) -> None:
-        """A line in the record and on the screen."""
-        self.folder.metrics.append("note", number, {"text": text})
-        self.watcher.note(text)
-
-    def _federate(self, federation: Federation) -> Outcome:
-        """All rounds still to come, and the strategy's row of the last table."""
-        self.saved = self.at.round
-        kept = self.at.memory.items()
-        federation.restore({c: {n: dict(t) for n, t in own.items()} for c, own in kept})
-        count = self.prepared.recipe.rounds.count
-        try:
-            for number in range(self.at.round + 1, count + 1):
-                self._round(federation, number)
-        except (BudgetSpentError, BytesSpentError) as end:
-            self.note(self.at.round, f"stopped before {end}")
-        except (KeyboardInterrupt, QuorumError):
-            self.save()
-            raise
-        self.save()
-        return self._outcome(federation)
-
-    def _round(self, federation: Federation, number: int) -> None:
-        recipe, strategy, sizes = self.prepared.recipe, self.prepared.strategy, federation.clients()
-        if self.purse is not None:
-            books = (*self.at.extra["down"].values(), *self.at.extra["up"].values())
-            self.purse.check(number, sum(books))
-        if self.guard is None:
-            names = sampling.draw(recipe.rounds.sampling, sizes, recipe.seed, number)
-        else:
-            names = self.guard.admit(number, sizes)
-        self.watcher.round_began(number, len(names), self._tokens(names))
-        seam = Seam(self.prepared.post, names)
-        state, report = play_round(
-            strategy, self.at.state, federation, recipe.rounds, recipe.seed, number, seam
-        )
-        self.at = Checkpoint(number, state, federation.memory(), self._books(report))
-        due = number % recipe.evaluation.every == 0 or number == recipe.rounds.count
-        measured = self._test(state) if due and strategy.shares else None
-        self._log(report, measured)
-        self.watcher.round_done(report, measured)
-        if number % recipe.output.checkpoint_every == 0:
-            self.save()
-
-    def _tokens(self, names: Iterable[str]) -> int:
-        federation = self.prepared.federation()
-        return sum(federation.tokens(name) for name in names)
-
-    def _books(self, report: RoundReport) -> dict[str, Any]:
-        before = dict(self.at.extra)
-        ledger = Ledger(dict(before["down"]), dict(before["up"]))
-        ledger.add(report.down, report.up)
-        messages = sum(len(entry.clients) for entry in (*report.sent, *report.came))
-        return (
-            before
-            | _extra(
-                ledger,
-                before["messages"] + messages,
-                before["excluded"] + len(report.excluded),
-                before["dropped"] + len(report.dropped),
-                before["seconds"] + report.seconds,
-            )
-            | {"post": self.prepared.post.memory()}
-            | ({} if self.guard is None else {"privacy": self.guard.ledger.head})
-        )
-
-    def _test(self, state: Any) -> Score:
-        prepared = self.prepared
-        adapter = prepared.strategy.adapter(state)
-        base = prepared.strategy.base(state)
-        return score(prepared.network, prepared.lane, adapter, prepared.population.test, base)
-
-    def _log(self, report: RoundReport, measured: Score | None) -> None:
-        dropped = [{"client": name, "reason": "dropped out"} for name in report.dropped]
-        excluded = [{"client": n, "reason": why} for n, why in report.excluded.items()]
-        self.folder.metrics.append(
-            "round",
-            report.round,
-            {
-                "clients": len(report.sampled),
-                "replies": report.replied,
-                "failures": dropped + excluded,
-                "loss": report.loss,
-                "bytes_down": report.down,
-                "bytes_up": report.up,
-                "seconds": report.seconds,
-            },
-        )
-        books = {
-            way: [{"clients": entry.clients, "each": entry.each} for entry in own]
-            for way, own in (("down", report.sent), ("up", report.came))
-        }
-        self.folder.metrics.append("bytes", report.round, books)
-        if measured is not None:
-            fields = {"scope": "test", "score": measured.as_dict()}
-            self.folder.metrics.append("evaluation", report.round, fields)
-
-    def _outcome(self, federation: Federation) -> Outcome:
-        prepared, extra = self.prepared, self.at.extra
-        clients = clients_outcome(prepared, federation, self.at.state)
-        if clients.scores:
-            figures = {name: own.as_dict() for name, own in clients.scores.items()}
-            fields = {"scope": "clients", "score": figures}
-            self.folder.metrics.append("evaluation", None, fields)
-        return Outcome(
-            str(prepared.recipe.strategy["name"]),
-            test_score(prepared, federation, self.at.state),
-            clients.mean,
-            clients.worst,
-            extra["down"],
-            extra["up"],
-            extra["seconds"],
-        )
-
-    def _finish(self, outcome: Outcome, began: float) -> Summary:
-        adapter = self._export()
-        rows = [outcome]
-        for name in self.prepared.recipe.baselines:
-            if name == outcome.name:
-                continue
-            row = baseline(self.prepared, name, self.watcher)
-            self.folder.metrics.append(
-                "baseline", None, {"name": name, "score": row.score.as_dict()}
-            )
-            rows.append(row)
-        order = ["untrained", "local", outcome.name, "centralised"]
-        rows.sort(key=lambda row: order.index(row.name))
-        promise = None
-        if self.guard is not None:
-            self.guard.write()
-            promise = self.guard.statement()
-        summary = Summary(
-            task=self.prepared.population.task,
-            rows=tuple(rows),
-            rounds=self.at.round,
-            excluded=self.at.extra["excluded"],
-            dropped=self.at.extra["dropped"],
-            dense=4 * self.prepared.network.layout.size * self.at.extra["messages"],
-            folder=str(self.folder.path),
-            adapter=str(self.folder.adapter) if adapter else "",
-            seconds=time.perf_counter() - began,
-            privacy=() if promise is None else tuple(promise.lines()),
-        )
-        digest = "" if adapter is None else tree_digest(adapter)
-        self.folder.metrics.append(
-            "summary", None, {"rows": [_row(r) for r in rows], "adapter_digest": digest}
-        )
-        self.watcher.finished(summary)
-        return summary
-
-    def _export(self) -> Tree | None:
-        """Writes the final adapter for peft; strategies without a global adapter have none."""
-        prepared = self.prepared
-        if not prepared.strategy.shares:
-            return None
-        adapter = prepared.strategy.adapter(self.at.state)
-        part = self.folder.path / ".adapter-writing"
-        shutil.rmtree(part, ignore_errors=True)
-        save_adapter(prepared.network, adapter, part, prepared.recipe.model.name)
-        base = prepared.strategy.base(self.at.state)
-        if base:
-            export_with_base(prepared.network, adapter, base, part)
-        shutil.rmtree(self.folder.adapter, ignore_errors=True)
-        part.rename(self.folder.adapter)
-        return adapter
-
-
-def tree_digest(values: Tree) -> str:
-    """SHA-256 over names, shapes and bytes of a tree: equal digests, bit-identical adapters."""
-    digest = hashlib.sha256(Layout.of(values).digest.encode())
-    for name in sorted(values):
-        digest.update(values[name].detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _row(row: Outcome) -> dict[str, object]:
-    return {
-        "name": row.name,
-        "score": row.score.as_dict(),
-        "mean": row.mean,
-        "worst_decile": row.worst,
-        "bytes_down": row.down,
-        "bytes_up": row.up,
-        "seconds": row.seconds,
-    }
+    return run_in_simulation(recipe, nodes, recipe.engine.workers, rounds, own)

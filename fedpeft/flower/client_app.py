@@ -30,7 +30,7 @@ from fedpeft.config import Engine
 from fedpeft.config_load import parse_recipe
 from fedpeft.errors import FedpeftError, PayloadError
 from fedpeft.federation import Failure
-from fedpeft.flower.node import Node, charged, check_rules
+from fedpeft.flower.node import Node, charged, check_rules, check_scores
 from fedpeft.flower.records import Header, decode, decode_tree, encode, encode_tree
 from fedpeft.flower.secure_client import answer_stage
 from fedpeft.message import PAYLOAD
@@ -210,6 +210,7 @@ def _trained(prepared: Prepared, request: Messages, own: Header, node: Node) -> 
 
 
 def _evaluate(prepared: Prepared, request: Messages, own: Header, node: Node) -> Message:
+    check_scores(node, prepared.recipe)
     federation = prepared.federation()
     federation.restore({own.client: recall(node.state)})
     [result] = federation.evaluate(own.round, request)

@@ -2,13 +2,15 @@
 
 Works over any ``flwr.serverapp.Grid``. A node is known by the client name that it gives when asked,
 never by its node id, which changes when a real node starts again. Whoever answers first, replies
-are read in the order of the round's clients.
+are read in the order of the round's clients. A node that is not there, cannot take part or is late
+costs its client the round, and the run nothing, as long as there is a quorum.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +26,7 @@ from fedpeft.config import Recipe
 from fedpeft.config_load import dump_recipe, load_strategy
 from fedpeft.errors import FedpeftError, PayloadError, ReplyError
 from fedpeft.federation import Failure
+from fedpeft.flower.courier import Courier, Patience
 from fedpeft.flower.records import Header, decode, encode, encode_stack
 from fedpeft.metrics import Score
 from fedpeft.strategy import Message, Messages
@@ -43,20 +46,13 @@ class Digests:
     layout: str
 
 
-@dataclass(frozen=True)
-class Patience:
-    """Seconds to wait: for all nodes to join, and for a node's reply (training included)."""
-
-    join: float = 120.0
-    reply: float = 3600.0
-
-
 class FlowerFederation:
     """The clients of ``recipe`` on the nodes of a grid; see ``fedpeft.federation.Federation``.
 
-    nodes: how many must join before the first round. digests: the server's own; without them the
-    nodes must agree with each other. alive: called while waiting; it may raise to end the wait.
-    run: the identity of the run whose rounds these are, for what sites keep of it.
+    nodes: how many there are. The first round begins when all have joined, or when the time for it
+    is over and ``rounds.quorum`` of them have; others may come later. digests: the server's own;
+    without them the nodes must agree with each other. alive: called while waiting; it may raise to
+    end the wait. run: the identity of the run, for what sites keep of it.
     """
 
     def __init__(
@@ -69,27 +65,28 @@ class FlowerFederation:
         alive: Callable[[], None] = lambda: None,
         run: str = "",
     ) -> None:
-        self._grid = grid
         self._recipe = dump_recipe(recipe)
         self._strategy = strategy = load_strategy(recipe)
         self._uplink = partial(uplink_of, recipe)
         self._keeps = strategy.remembers or strategy.keeps or keeps_for_codecs(recipe.comms)
         self._nodes = nodes
+        self._least = max(1, math.ceil(recipe.rounds.quorum * nodes))
         self._digests = digests
         self._patience = patience or Patience()
-        self._alive = alive
+        self._courier = Courier(grid, self._patience, alive)
         self._run = run
+        self._needed: set[str] = set()
         self._sizes: dict[str, int] = {}
         self._route: dict[str, int] = {}
         self._known: set[int] = set()
+        self._refused: dict[int, int] = {}  # node -> round in which it could not take part
         self._trained: set[str] = set()
         self._at = (0, 0)  # round, exchange
 
     def clients(self) -> Mapping[str, int]:
         """Client -> number of training examples; the first call waits for the nodes.
 
-        Raises FedpeftError when too few nodes join in time, when one cannot take part, or when two
-        say that they are the same client.
+        Raises FedpeftError when fewer than the quorum join in time and can take part.
         """
         if not self._sizes:
             self._join()
@@ -147,8 +144,14 @@ class FlowerFederation:
         return {client: {} for client in sorted(self._trained)} if self._keeps else {}
 
     def restore(self, memory: Mapping[str, Mapping[str, Tree]]) -> None:
-        """Takes an empty memory only. Raises FedpeftError on a resume that would need more."""
-        if memory:
+        """Who has a memory, which must be on its node. Raises FedpeftError in a simulation.
+
+        A node that has lost it cannot take part: its client would begin anew in the middle.
+        """
+        if self._run:
+            self._needed = set(memory)
+            self._trained |= self._needed
+        elif memory:
             raise FedpeftError(
                 f"engine.kind=flower cannot resume this strategy: the memory of "
                 f"{len(memory)} clients was on Flower's nodes and is gone with them. Run it again "
@@ -158,37 +161,47 @@ class FlowerFederation:
 
     def _join(self) -> None:
         began = time.monotonic()
-        while len(ids := sorted(self._grid.get_node_ids())) < self._nodes:
+        while len(ids := self._courier.nodes()) < self._nodes:
             if time.monotonic() - began > self._patience.join:
+                if len(ids) >= self._least:
+                    log.warning("begins with %d of %d nodes", len(ids), self._nodes)
+                    break
                 raise FedpeftError(
                     f"{len(ids)} of {self._nodes} nodes joined within {self._patience.join:g} "
-                    f"seconds: start the missing ones, or lower partition.clients."
+                    f"seconds, rounds.quorum asks for {self._least}: start the missing ones, or "
+                    f"lower partition.clients or rounds.quorum."
                 )
-            self._pause(began)
-        refused = self._meet(ids)
-        if refused:
-            raise FedpeftError(f"{len(refused)} of {len(ids)} nodes cannot take part: {refused[0]}")
+            self._courier.pause(began)
+        refused = self._meet(ids, self._patience.reply)
+        if len(self._sizes) < self._least:
+            self._sizes, self._route = {}, {}
+            why = refused[0] if refused else "none answered"
+            raise FedpeftError(f"{len(refused)} of {len(ids)} nodes cannot take part: {why}")
+        for reason in refused:
+            log.warning("a node cannot take part: %s", reason)
+        self._refused = dict.fromkeys(set(ids) - self._known, 1)
 
-    def _meet(self, ids: Iterable[int]) -> list[str]:
+    def _meet(self, ids: Iterable[int], wait: float) -> list[str]:
         """Asks nodes who they are; returns why some cannot take part."""
         refused = []
         header = Header(recipe=self._recipe, run=self._run)
         nonces = {node: _nonce() for node in ids}
         asked = {n: encode(Message(), replace(header, nonce=nonces[n])) for n in nonces}
-        answers = self._exchange(MessageType.QUERY, asked, 0)
-        first = not self._sizes
+        answers = self._courier.ask(MessageType.QUERY, asked, 0, wait)
+        present = set(self._courier.nodes())
         for node, answer in sorted(answers.items()):
-            self._known.add(node)
             try:
                 client, examples = self._introduction(answer, nonces[node])
-                if first and client in self._route:
-                    raise ReplyError(f"client {client!r} has a node already; give each its own")
+                other = self._route.get(client)
+                if other in present and other != node:
+                    raise ReplyError(
+                        f"client {client!r} has a node already, {other}: give each its own"
+                    )
             except ReplyError as error:
                 refused.append(f"node {node}: {error}")
                 continue
+            self._known.add(node)
             self._sizes[client], self._route[client] = examples, node
-        if first and refused:
-            self._sizes, self._route = {}, {}
         return refused
 
     def _introduction(self, answer: FlowerMessage | None, nonce: str) -> tuple[str, int]:
@@ -206,14 +219,25 @@ class FlowerFederation:
         examples = reply.scalars.get("examples", 0.0)
         if not (header.client and examples >= 1 and examples == int(examples)):
             raise ReplyError(f"it introduced itself as {header.client!r}, {examples} examples")
+        if header.client in self._needed and not reply.scalars.get("kept", 0.0) > 0:
+            raise ReplyError(
+                f"client {header.client!r} has trained in this run and kept nothing of it: give "
+                f"its node back its state folder (node config state)"
+            )
         return header.client, int(examples)
 
-    def _refresh(self) -> set[int]:
-        """The nodes that are there now. New ones are asked: a restarted client is found again."""
-        present = set(self._grid.get_node_ids())
-        new = present - self._known
-        for reason in self._meet(sorted(new)) if new else []:
-            log.warning("a new node cannot take part: %s", reason)
+    def _refresh(self, round: int) -> set[int]:
+        """The nodes that are there now. New ones are asked: a restarted client is found again.
+
+        Those that could not take part are asked again in rounds 2, 4, 8, ...
+        """
+        present = set(self._courier.nodes())
+        again = round if round & (round - 1) == 0 else 0
+        new = {n for n in present - self._known if self._refused.get(n, -1) < again}
+        if new:
+            for reason in self._meet(sorted(new), min(self._patience.join, self._patience.reply)):
+                log.warning("a node cannot take part: %s", reason)
+            self._refused |= dict.fromkeys(new - self._known, round)
         return present
 
     def begin(self, round: int) -> None:
@@ -229,7 +253,8 @@ class FlowerFederation:
         kind: a type of Flower's messages, ``CATEGORY`` or ``CATEGORY.ACTION``.
         """
         self.clients()
-        present = self._refresh()
+        present = self._refresh(round)
+        busy = self._courier.busy()
         base = self._digests or Digests("", "")
         common = Header(round, "", base.base, base.layout, self._recipe, self._at[1], self._run)
         headers = {
@@ -239,16 +264,20 @@ class FlowerFederation:
         }
         contents: dict[int, RecordDict] = {}
         for messages in stacks:
-            at = [k for k, name in enumerate(messages.clients) if self._route.get(name) in present]
+            free = present - busy
+            at = [k for k, name in enumerate(messages.clients) if self._route.get(name) in free]
             sent = messages.rows(at)
             records = encode_stack(sent, [headers[name] for name in sent.clients])
             nodes = [self._route[name] for name in sent.clients]
             contents.update(zip(nodes, records, strict=True))
-        answers = self._exchange(kind, contents, round)
+        share = self._patience.enough if kind == MessageType.TRAIN else 1.0
+        answers = self._courier.ask(kind, contents, round, self._patience.reply, share)
         for client in (name for messages in stacks for name in messages.clients):
             node = self._route.get(client)
             if node not in answers:
-                yield client, Failure(client, "its node is not connected")
+                late = "is still at work on an earlier request"
+                why = late if node in busy else "is not connected"
+                yield client, Failure(client, f"its node {why}")
                 continue
             try:
                 reply = self._checked(headers[client], answers.pop(node))
@@ -270,38 +299,15 @@ class FlowerFederation:
 
     def _read(self, answer: FlowerMessage | None) -> tuple[Message, Header]:
         if answer is None:
-            raise ReplyError(f"no reply within {self._patience.reply:g} seconds")
+            raise ReplyError(
+                f"no reply within {self._patience.reply:g} seconds, or before enough others"
+                if self._patience.enough < 1
+                else f"no reply within {self._patience.reply:g} seconds"
+            )
         if answer.has_error():
             reason = str(answer.error.reason or f"error {answer.error.code}")
             raise ReplyError(" ".join(reason.split())[:500])
         return decode(answer.content)
-
-    def _exchange(
-        self, kind: str, contents: dict[int, RecordDict], round: int
-    ) -> dict[int, FlowerMessage | None]:
-        """Each node's answer, None where there was none in time."""
-        answers: dict[int, FlowerMessage | None] = dict.fromkeys(contents)
-        waiting: dict[str, int] = {}
-        while contents:  # serialised messages are let go one by one
-            node, content = contents.popitem()
-            message = FlowerMessage(content, node, kind, group_id=str(round))
-            waiting.update({i: node for i in self._grid.push_messages([message]) if i})
-        began = time.monotonic()
-        while waiting and time.monotonic() - began < self._patience.reply:
-            for answer in self._grid.pull_messages(list(waiting)):
-                asked = waiting.pop(answer.metadata.reply_to_message_id, None)
-                if asked is None:
-                    log.warning("passed over a reply that answers nothing, or once more")
-                    continue
-                answers[asked] = answer
-            if waiting:
-                self._pause(began)
-        return answers
-
-    def _pause(self, began: float) -> None:
-        """Waits a fiftieth of the time waited so far, within [5 ms, 1 s]."""
-        self._alive()
-        time.sleep(min(1.0, max(0.005, (time.monotonic() - began) / 50)))
 
 
 def _nonce() -> str:

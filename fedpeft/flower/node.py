@@ -17,6 +17,7 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 
+from fedpeft.config import Recipe
 from fedpeft.errors import FedpeftError
 from fedpeft.flower.records import Header
 from fedpeft.prepare import Prepared
@@ -68,6 +69,21 @@ def check_rules(node: Node, prepared: Prepared, secure: bool) -> None:
         raise FedpeftError(
             "privacy.randomness=seeded on a real node: whoever has the recipe could take the noise "
             "away. Set privacy.randomness=secure."
+        )
+
+
+def protected(recipe: Recipe) -> bool:
+    """Whether a recipe promises that no figure of a single client leaves it as it is."""
+    return recipe.privacy.unit != "none" or recipe.secure_aggregation.enabled
+
+
+def check_scores(node: Node, recipe: Recipe) -> None:
+    """Raises FedpeftError where a real node tells nobody its score on its own hold-out."""
+    if not node.simulated and protected(recipe):
+        raise FedpeftError(
+            "evaluation.clients: a score on this client's own hold-out is neither noised nor "
+            "masked, and the recipe has privacy or secure aggregation: set "
+            "evaluation.clients=false."
         )
 
 

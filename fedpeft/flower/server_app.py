@@ -1,38 +1,50 @@
-"""The Flower server: all rounds of a recipe on the nodes of a deployment, then the adapter.
+"""The Flower server: a run of a recipe on the nodes of a deployment.
 
-Run config: ``recipe`` (a built-in name or a path on the server), ``join-timeout`` and
-``reply-timeout`` in seconds; under secure aggregation ``identities``, a JSON file on the server
-with every client's public key (see ``identity``). The run folder gets ``adapter/``, in peft's
-format; with privacy also ``privacy.jsonl``, the ledger, which a server that starts again goes on
-with, and ``privacy.json``, what the run may promise.
+It is the run that ``fedpeft run`` plays, with the same folder (``metrics.jsonl``, checkpoints,
+``adapter/``), but the clients are the nodes. Run config:
+
+- ``recipe``: a built-in name or a path on the server.
+- ``resume``: go on with the run in its folder, as after a crash of this app or of Flower's server.
+  Without it, a run that is there is moved aside.
+- ``join-timeout``, ``reply-timeout`` (seconds), ``enough``: see ``courier.Patience``.
+- ``identities``: under secure aggregation, a JSON file on the server with every client's public
+  key (see ``identity``).
+
+With privacy the ledger, ``privacy.jsonl``, lies beside the run's folder, and later runs go on with
+it; ``privacy.json`` says what has been promised.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import itertools
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedpeft import job
+from fedpeft.config import Recipe
 from fedpeft.config_load import load_recipe
-from fedpeft.engine import Seam, play_round
+from fedpeft.engine import RoundReport
 from fedpeft.errors import FedpeftError
-from fedpeft.evaluate import score
+from fedpeft.events import Outcome, Summary, Watcher
 from fedpeft.federation import Federation
-from fedpeft.flower.federation import Digests, FlowerFederation, Patience
+from fedpeft.flower.courier import Patience
+from fedpeft.flower.federation import Digests, FlowerFederation
 from fedpeft.flower.identity import read_identities
+from fedpeft.flower.node import protected
 from fedpeft.flower.secure import SecureFlowerFederation
-from fedpeft.forecast import BytesSpentError, Purse
-from fedpeft.model import save_adapter
-from fedpeft.prepare import Prepared, prepare
-from fedpeft.privacy.guard import BudgetSpentError, Guard
+from fedpeft.metrics import Score
+from fedpeft.plan import Plan
+from fedpeft.prepare import Prepared
+from fedpeft.record.folder import RunFolder
 
 log = logging.getLogger("flwr.fedpeft")  # what Flower shows
+
+Config = Mapping[str, object]
 
 app = ServerApp()
 
@@ -40,33 +52,42 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Plays the rounds and writes the adapter. Raises FedpeftError, which ends Flower's run."""
-    recipe = load_recipe(str(context.run_config["recipe"]))
-    prepared = prepare(recipe)
-    federation = federation_of(prepared, grid, context.run_config)
+    config = context.run_config
+    recipe = served(load_recipe(str(config["recipe"])))
     folder = Path(recipe.output.folder)
-    with guarded(prepared, folder) as guard:
-        state = play(prepared, federation, guard)
-        if guard is not None:
-            promise = guard.statement()
-            (folder / "privacy.json").write_text(json.dumps(promise.as_dict(), indent=2) + "\n")
-            for line in promise.lines():
-                log.info("privacy: %s", line)
-    adapter = prepared.strategy.adapter(state)
-    network, test = prepared.network, prepared.population.test
-    log.info("test: %s", score(network, prepared.lane, adapter, test))
-    save_adapter(network, adapter, folder / "adapter", recipe.model.name)
+    ledger = folder.with_name("privacy.jsonl")
+
+    def host(prepared: Prepared, run: str, body: job.Body) -> Outcome:
+        return body(federation_of(prepared, grid, config, run))
+
+    if config.get("resume"):
+        job.go_on(folder, ServerLog(), host, ledger, recipe)
+    else:
+        set_aside(folder)
+        job.begin(recipe, ServerLog(), host, ledger)
 
 
-def federation_of(prepared: Prepared, grid: Grid, config: Mapping[str, object]) -> Federation:
+def served(recipe: Recipe) -> Recipe:
+    """The recipe without what needs the clients' data here, or gives them away in clear.
+
+    A client's score on its own hold-out is neither noised nor masked.
+    """
+    evaluation = dataclasses.replace(
+        recipe.evaluation, clients=recipe.evaluation.clients and not protected(recipe)
+    )
+    return dataclasses.replace(recipe, baselines=(), evaluation=evaluation)
+
+
+def federation_of(prepared: Prepared, grid: Grid, config: Config, run: str) -> Federation:
     """The recipe's clients on the nodes of a grid, under secure aggregation where it says so."""
     network, recipe = prepared.network, prepared.recipe
-    patience = Patience(float(str(config["join-timeout"])), float(str(config["reply-timeout"])))
     federation = FlowerFederation(
         grid,
         recipe,
         nodes=len(prepared.population.clients),
         digests=Digests(network.digest, network.layout.digest),
-        patience=patience,
+        patience=patience_of(config),
+        run=run,
     )
     if not recipe.secure_aggregation.enabled:
         return federation
@@ -79,44 +100,49 @@ def federation_of(prepared: Prepared, grid: Grid, config: Mapping[str, object]) 
     return SecureFlowerFederation(prepared, federation, read_identities(Path(path)))
 
 
-@contextmanager
-def guarded(prepared: Prepared, folder: Path) -> Iterator[Guard | None]:
-    """What lets clients into the rounds, and its ledger in the run folder; None without privacy."""
-    if prepared.terms is None:
-        yield None
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    guard = Guard(prepared.terms, folder / "privacy.jsonl", prepared.recipe)
-    try:
-        if guard.terms.whole_run and guard.ledger.clients():
-            raise FedpeftError(
-                f"output.folder={str(folder)!r} has the ledger of an earlier run, and with "
-                f"privacy.bands a run is charged as a whole and cannot be begun again: set "
-                f"privacy.bands=0. Another folder would forget what the clients have spent."
-            )
-        yield guard
-    finally:
-        guard.close()
-
-
-def play(prepared: Prepared, federation: Federation, guard: Guard | None) -> Any:
-    """The state after all rounds, or after the last one that the budgets allow."""
-    strategy, recipe, post = prepared.strategy, prepared.recipe, prepared.post
-    state, purse, spent = strategy.init(prepared.problem), Purse.of(prepared), 0
-    for number in range(1, recipe.rounds.count + 1):
+def patience_of(config: Config) -> Patience:
+    """Raises FedpeftError for what is no time, or no share."""
+    found = {}
+    for key in ("join-timeout", "reply-timeout", "enough"):
         try:
-            if purse is not None:
-                purse.check(number, spent)
-            names = None if guard is None else guard.admit(number, federation.clients())
-        except (BudgetSpentError, BytesSpentError) as end:
-            log.warning("stopped before %s", end)
-            break
-        seam = Seam(post, names)
-        state, report = play_round(
-            strategy, state, federation, recipe.rounds, recipe.seed, number, seam
-        )
-        spent += sum(report.down.values()) + sum(report.up.values())
-        log.info("round %d: %d replies, loss %.4f", number, report.replied, report.loss)
+            value = float(str(config[key]))
+        except ValueError:
+            value = 0.0
+        if not value > 0 or (key == "enough" and value > 1):
+            rule = "above 0 and at most 1" if key == "enough" else "a number of seconds above 0"
+            raise FedpeftError(f"run config {key}={config[key]!r} must be {rule}.")
+        found[key] = value
+    return Patience(found["join-timeout"], found["reply-timeout"], found["enough"])
+
+
+def set_aside(folder: Path) -> None:
+    """Moves the run in ``folder``, if there is one, to FOLDER-001, or the next that is free."""
+    if not (folder.is_dir() and RunFolder.holds(folder)):
+        return
+    names = (folder.with_name(f"{folder.name}-{n:03d}") for n in itertools.count(1))
+    folder.rename(next(name for name in names if not name.exists()))
+
+
+class ServerLog(Watcher):
+    """Tells Flower's log of each round."""
+
+    def planned(self, plan: Plan, folder: str) -> None:
+        log.info("the run is recorded in %s", folder)
+
+    def round_began(self, number: int, clients: int, tokens: int) -> None:
+        log.info("round %d: %d clients", number, clients)
+
+    def round_done(self, report: RoundReport, score: Score | None) -> None:
+        log.info("round %d: %d replies, loss %.4f", report.round, report.replied, report.loss)
         for client, reason in report.excluded.items():
-            log.warning("round %d: %s excluded: %s", number, client, reason)
-    return state
+            log.warning("round %d: %s excluded: %s", report.round, client, reason)
+        if score is not None:
+            log.info("test: %s", score)
+
+    def note(self, text: str) -> None:
+        log.warning("%s", text)
+
+    def finished(self, summary: Summary) -> None:
+        for line in summary.privacy:
+            log.info("privacy: %s", line)
+        log.info("the adapter is in %s", summary.adapter or "(it has no global one)")

@@ -2,7 +2,8 @@
 
 ::
 
-    run.json           the mark: {"kind": "fedpeft run", "schema": 1}
+    run.json           the mark: {"kind": "fedpeft run", "schema": 1, "run": its identity, random,
+                       "deployed": whether its clients are a deployment's sites}
     recipe.yaml        the resolved recipe, complete
     environment.json   versions and hardware
     data.json          {"fingerprint": SHA-256 of the tokenised, partitioned data}
@@ -16,6 +17,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +40,7 @@ class RunFolder:
     path: Path
 
     @staticmethod
-    def create(path: Path, overwrite: bool = False) -> RunFolder:
+    def create(path: Path, overwrite: bool = False, deployed: bool = False) -> RunFolder:
         """A new run's folder, at a place that does not exist or is an empty folder.
 
         With ``overwrite``, a run folder there is emptied first; anything else is never touched.
@@ -50,7 +52,8 @@ class RunFolder:
             _empty(path)
         except OSError as error:
             raise failed_write(error, path, "Choose another output.folder.") from error
-        _write_json(path / _MARK, {"kind": _KIND, "schema": SCHEMA})
+        mark = {"kind": _KIND, "schema": SCHEMA, "run": secrets.token_hex(8), "deployed": deployed}
+        _write_json(path / _MARK, mark)
         return RunFolder(path)
 
     @staticmethod
@@ -72,6 +75,11 @@ class RunFolder:
             )
 
     @staticmethod
+    def holds(path: Path) -> bool:
+        """Whether a run is in the folder."""
+        return _mark(path) is not None
+
+    @staticmethod
     def open(path: Path) -> RunFolder:
         """An existing run's folder. Raises FedpeftError where it is none."""
         if not path.is_dir():
@@ -90,6 +98,21 @@ class RunFolder:
                 f"{SCHEMA}. Use the fedpeft that wrote it."
             )
         return RunFolder(path)
+
+    @property
+    def identity(self) -> str:
+        """The run's own, 16 hexadecimal digits, for good; empty where an older fedpeft began it."""
+        return str((_mark(self.path) or {}).get("run", ""))
+
+    @property
+    def deployed(self) -> bool:
+        """Whether the run's clients are sites of a deployment."""
+        return (_mark(self.path) or {}).get("deployed") is True
+
+    @property
+    def ledger(self) -> Path:
+        """Where the privacy ledger lies, unless it outlives the run."""
+        return self.path / "privacy.jsonl"
 
     @property
     def checkpoints(self) -> Path:

@@ -13,11 +13,10 @@ import pytest
 import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft import strategy as strategies
 from fedpeft.cohort.clients import TorchCohort
-from fedpeft.config import Recipe
+from fedpeft.config import Recipe, Rounds
 from fedpeft.config_load import dump_recipe, load_strategy, parse_recipe
 from fedpeft.engine import RoundReport, play_round
 from fedpeft.errors import FedpeftError, QuorumError
@@ -35,10 +34,7 @@ from tests.tiny import IA3, LORA, tiny_recipe, write_tiny
 SIZES = {"c0": 5, "c1": 9, "c2": 4, "c3": 12}  # of what write_tiny writes, a fifth is held out
 
 
-@pytest.fixture(autouse=True)
-def identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+pytestmark = pytest.mark.usefixtures("flower_task")
 
 
 @pytest.fixture(scope="module")
@@ -284,9 +280,22 @@ def test_a_strategy_without_memory_leaves_none(folder: Path) -> None:
 
 
 def test_too_few_nodes_is_an_error_in_time(folder: Path) -> None:
-    federation = federate(InProcess(partitions(3)), tiny_recipe(folder))
-    with pytest.raises(FedpeftError, match=r"3 of 4 nodes joined within 0\.05 seconds"):
+    federation = federate(InProcess(partitions(1)), tiny_recipe(folder))
+    text = r"1 of 4 nodes joined within 0\.05 seconds, rounds.quorum asks for 2"
+    with pytest.raises(FedpeftError, match=text):
         federation.clients()
+
+
+def test_a_quorum_begins_and_others_join_later(folder: Path) -> None:
+    recipe = tiny_recipe(folder)
+    grid = InProcess({1: {"client": "c0"}, 2: {"client": "c1"}})
+    federation = federate(grid, recipe)
+    assert set(federation.clients()) == {"c0", "c1"}
+    _, reports = play(prepare(recipe), federation, rounds=1)
+    assert reports[0].sampled == ("c0", "c1")
+    grid.contexts[3] = Context(1, 3, {"client": "c2"}, RecordDict(), {})
+    _, reports = play(prepare(recipe), federation, rounds=1)
+    assert set(federation.clients()) == {"c0", "c1", "c2"}
 
 
 def test_waiting_can_be_ended(folder: Path) -> None:
@@ -300,9 +309,12 @@ def test_waiting_can_be_ended(folder: Path) -> None:
 
 def test_two_nodes_of_one_client_are_refused(folder: Path) -> None:
     nodes = {1: {"client": "c0"}, 2: {"client": "c1"}, 3: {"client": "c0"}}
-    federation = federate(InProcess(nodes), tiny_recipe(folder), nodes=3)
-    with pytest.raises(FedpeftError, match="node 3: client 'c0' has a node already"):
+    every = dataclasses.replace(tiny_recipe(folder), rounds=Rounds(quorum=1.0))
+    federation = federate(InProcess(nodes), every, nodes=3)
+    with pytest.raises(FedpeftError, match="node 3: client 'c0' has a node already, 1"):
         federation.clients()
+    federation = federate(InProcess(nodes), tiny_recipe(folder), nodes=3)
+    assert set(federation.clients()) == {"c0", "c1"}
 
 
 def test_a_node_that_cannot_prepare_is_named(folder: Path) -> None:

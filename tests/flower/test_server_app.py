@@ -40,6 +40,7 @@ def serve(recipe: Recipe, grid: InProcess, folder: Path, **config: str) -> Path:
         "recipe": str(folder / "recipe.yaml"),
         "join-timeout": 0.05,
         "reply-timeout": 5.0,
+        "enough": 1.0,
         "identities": "",
         **config,
     }
@@ -90,8 +91,8 @@ def test_client_level_noise_is_in_the_adapter_and_its_price_in_the_ledger(
     size = sum(value.numel() for value in adapter.values())
     norm = sum(float(value.square().sum()) for value in adapter.values()) ** 0.5
     assert norm > 0.5 * (2 * size) ** 0.5  # of two rounds' noise, of std 1 per number each
-    promise = json.loads((folder / "privacy.json").read_text())
-    with Ledger.open(folder / "privacy.jsonl", Budget(1e6, 1e-3)) as ledger:
+    promise = json.loads((tmp_path / "privacy.json").read_text())
+    with Ledger.open(tmp_path / "privacy.jsonl", Budget(1e6, 1e-3)) as ledger:
         assert ledger.clients() == list(NAMES)
         assert ledger.epsilon("c0") == pytest.approx(promise["epsilon"][0])
     assert promise["epsilon"][0] > 0
@@ -107,13 +108,14 @@ def test_a_server_that_starts_again_goes_on_with_its_ledger(
         k: {"client": name, "privacy-ledger": str(tmp_path / "nodes" / f"{name}.jsonl")}
         for k, name in enumerate(NAMES)
     }
-    folder = serve(recipe, InProcess(config, app=app), tmp_path)
-    before = (folder / "privacy.jsonl").read_bytes()
+    serve(recipe, InProcess(config, app=app), tmp_path)
+    before = (tmp_path / "privacy.jsonl").read_bytes()
     grid = InProcess(config, app=app)
     with caplog.at_level(logging.WARNING, "flwr.fedpeft"):
         serve(recipe, grid, tmp_path)
     assert "stopped before round 1: of 4 clients that were drawn 0 have privacy" in caplog.text
-    assert (folder / "privacy.jsonl").read_bytes() == before
+    assert (tmp_path / "privacy.jsonl").read_bytes() == before
+    assert {path.name for path in tmp_path.glob("run*")} == {"run", "run-001"}
     assert {kind for kind, _ in grid.answers} == {"query"}
 
 
@@ -133,4 +135,5 @@ def test_without_protection_there_is_no_ledger(tiny: Path, tmp_path: Path) -> No
     recipe = at(tiny_recipe(tiny), tmp_path)
     assert recipe.secure_aggregation == SecureAggregation()
     folder = serve(recipe, InProcess(named(), app=app), tmp_path)
-    assert [path.name for path in folder.iterdir()] == ["adapter"]
+    assert (folder / "adapter" / "adapter_model.safetensors").exists()
+    assert not list(tmp_path.rglob("privacy.json*"))
