@@ -206,7 +206,7 @@ def site(
         if check is None:
             code = sites.serve(folder, memory, queue)
         else:
-            sites.check(folder, check, overrides or [])
+            sites.check(folder, check, overrides or [], verbose)
             code = 0
     raise typer.Exit(code)
 

@@ -20,6 +20,9 @@ from fedpeft.site.frames import Frame, receive, send
 GRACE = 10.0
 """Seconds that a worker has to end by itself when its socket is closed, before it is killed."""
 
+QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+"""Of a worker: what it prints is the site's log."""
+
 
 class FatalError(FedpeftError):
     """What a worker cannot start with, however often it is tried."""
@@ -35,6 +38,7 @@ class Worker:
                 [*command, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                env={**os.environ, **QUIET},
                 start_new_session=True,  # Ctrl-C is for the process that owns it
             )
 
@@ -81,4 +85,4 @@ class Worker:
 
 def command() -> list[str]:
     """The worker of this installation; it is started in the site's folder."""
-    return [sys.executable, "-m", "fedpeft.flower.resident", os.getcwd()]
+    return [sys.executable, "-P", "-m", "fedpeft.flower.resident", os.getcwd()]
