@@ -69,7 +69,7 @@ class Desk:
             self._waiting.append(request)
             if name is not None:
                 self._open[name] = request
-            self._changed.notify()
+            self._changed.notify_all()
             return request
 
     def next(self) -> Request | None:

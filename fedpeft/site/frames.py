@@ -61,7 +61,8 @@ def send(connection: socket.socket, frame: Frame) -> None:
     head = json.dumps(frame.head, separators=(",", ":")).encode()
     _check_lengths(len(head), len(frame.body))
     connection.sendall(_LENGTHS.pack(_MAGIC, len(head), len(frame.body)) + head)
-    connection.sendall(frame.body)
+    if frame.body:  # who has read all may have answered and gone by now
+        connection.sendall(frame.body)
 
 
 def receive(

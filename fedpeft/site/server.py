@@ -102,6 +102,8 @@ class Resident:
         dispatcher.join()
         for talk in list(self._talks):
             talk.join(1.0)
+        self._wake.close()
+        self._waker.close()
         if self._fatal:
             raise FedpeftError(self._fatal)
 
