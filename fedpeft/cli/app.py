@@ -6,6 +6,7 @@ import dataclasses
 import io
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -174,6 +175,40 @@ def store(
             f"in {folder}",
             soft_wrap=True,
         )
+
+
+@app.command(short_help="Serve a site of a deployment, with model and data at hand.")
+def site(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", hidden=True)],
+    overrides: Overrides = None,
+    check: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Say whether the site takes a recipe; end.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GIB", min=0.1, help="Of a worker between two messages.")
+    ] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 8,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Serve a site of a deployment: one process that keeps model and data between messages.
+
+    DIR is a site's folder of `fedpeft deploy init`. Flower's node hands messages to it over the
+    Unix socket that DIR/site.json names. A worker that crashes, or that grows beyond --memory
+    (three quarters of the machine's unless given), is started again; SIGTERM ends it after the
+    message under way, a second one at once. KEY=VALUE changes the recipe of --check.
+
+    Exit codes: 143 (130) ended by SIGTERM (Ctrl-C), 0 --check: the recipe would be taken, 2 a fault
+    in what was given, or a recipe that is refused.
+    """
+    from fedpeft.cli import site as sites
+
+    with reported(verbose):
+        if check is None:
+            code = sites.serve(folder, memory, queue)
+        else:
+            sites.check(folder, check, overrides or [], verbose)
+            code = 0
+    raise typer.Exit(code)
 
 
 @app.command("check-strategy", short_help="Check a strategy of your own for what must hold.")

@@ -13,6 +13,12 @@ from fedpeft.deploy.layout import Deployment
 CONNECTION = "fedpeft"
 """What Flower's ``config.toml`` calls the server."""
 
+SOCKET = "resident/site.sock"
+"""Where a site's process listens, in a folder that only its user can enter."""
+
+POLICY = "policy.yaml"
+"""What a site's operator allows."""
+
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -40,14 +46,24 @@ def supernode(deployment: Deployment, site: str, server: str, port: int) -> list
     ]
 
 
+def resident(site: str) -> list[str]:
+    """A site's own process, which answers the messages that its node gets. site: its folder."""
+    return ["fedpeft", "site", site]
+
+
 def node_config(deployment: Deployment, site: str) -> str:
     """What a site's operator tells its node: its client, and the rules that bind it."""
-    found = {"client": site}
+    return " ".join(f'{key}="{value}"' for key, value in settings(deployment, site).items())
+
+
+def settings(deployment: Deployment, site: str) -> dict[str, str]:
+    """The node config by key; the site's process goes by the same, from ``site.json``."""
+    found = {"client": site, "socket": SOCKET, "state": "state", "policy": POLICY}
     if deployment.secure:
         found |= {"identity": "identity.key", "identities": "all.json"}
     if deployment.ledgers:
         found["privacy-ledger"] = "privacy.jsonl"
-    return " ".join(f'{key}="{value}"' for key, value in found.items())
+    return found
 
 
 def run_config(deployment: Deployment) -> str:

@@ -29,6 +29,9 @@ from fedpeft.deploy.layout import (
     write,
 )
 from fedpeft.errors import FedpeftError
+from fedpeft.site.folder import write_config
+from fedpeft.site.policy import dump_policy
+from fedpeft.site.rules import policy_for
 
 CONTAINER = "server"
 """The server's name among containers; its certificate is valid for it too."""
@@ -120,7 +123,7 @@ def _write_all(at: Path, folder: Path, deployment: Deployment, recipe: Recipe) -
     authority.write(at / CA)
     listed = {}
     for site in deployment.sites:
-        listed[site] = _write_site(at, deployment, site)
+        listed[site] = _write_site(at, deployment, site, recipe)
     _write_server(at, deployment, recipe, authority)
     for place in (at / SERVER, *(at / SITES / site for site in deployment.sites)):
         (place / "all.json").write_text(json.dumps(listed, indent=2) + "\n")
@@ -132,7 +135,7 @@ def _write_all(at: Path, folder: Path, deployment: Deployment, recipe: Recipe) -
     _write_containers(at, deployment, recipe)
 
 
-def _write_site(at: Path, deployment: Deployment, site: str) -> str:
+def _write_site(at: Path, deployment: Deployment, site: str, recipe: Recipe) -> str:
     """A site's folder; returns its public identity."""
     place = at / SITES / site
     place.mkdir(mode=0o700)
@@ -140,8 +143,13 @@ def _write_site(at: Path, deployment: Deployment, site: str) -> str:
     known = at / SERVER / SITES
     known.mkdir(exist_ok=True)
     (known / f"{site}.pub").write_bytes(public)
+    write_config(place, commands.settings(deployment, site))
+    values = {"site": site, "policy": dump_policy(policy_for(recipe))}
+    _fill(place / commands.POLICY, "policy.yaml", values)
     command = commands.supernode(deployment, site, deployment.server, 9094)
-    _write_unit(place / "fedpeft-site.service", f"site {site}", f"{HOME}/site", command)
+    home = f"{HOME}/site"
+    _write_unit(place / "fedpeft-site.service", f"site {site}", home, commands.resident("."))
+    _write_unit(place / "fedpeft-node.service", f"Flower's node of {site}", home, command)
     return keys.write_identity(place)
 
 
@@ -191,10 +199,12 @@ def _write_containers(at: Path, deployment: Deployment, recipe: Recipe) -> None:
 
     services = {CONTAINER: service(SERVER, SERVER, _serve(deployment))}
     for site in deployment.sites:
+        own = f"{SITES}/{site}"
         command = commands.supernode(deployment, site, f"{CONTAINER}:{deployment.port}", 9094)
-        services[f"site-{site}"] = {
-            **service(f"{SITES}/{site}", "site", command),
-            "depends_on": [CONTAINER],
+        services[f"site-{site}"] = service(own, "site", commands.resident("."))
+        services[f"node-{site}"] = {
+            **service(own, "site", command),
+            "depends_on": [CONTAINER, f"site-{site}"],
         }
     (at / "compose.yaml").write_text(json.dumps({"services": services}, indent=2) + "\n")
 
@@ -202,14 +212,14 @@ def _write_containers(at: Path, deployment: Deployment, recipe: Recipe) -> None:
 def _told(deployment: Deployment, recipe: Recipe, folder: Path) -> dict[str, str]:
     """What README's template leaves open."""
     registers = [shlex.join(commands.register(site)) for site in deployment.sites]
-    paths, rules, state = _paths(recipe), [], []
+    paths, rules, state = _paths(recipe), [], ["`state/`"]
     if deployment.secure:
         rules.append(" Sites train under secure aggregation only.")
         state.append("`identity.key.state` beside the identity")
     if deployment.ledgers:
         rules.append(" Each site keeps a privacy ledger of its own.")
         state.append("`privacy.jsonl`")
-    kept = f" Never restore {' or '.join(state)} from a backup." if state else ""
+    kept = f" Never restore {' or '.join(state)} from a backup."
     return {
         "count": str(len(deployment.sites)),
         "version": metadata.version("fedpeft"),

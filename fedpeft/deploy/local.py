@@ -93,8 +93,9 @@ class _Federation:
         names = self.deployment.sites
         for site in names:
             self._flwr(commands.register(site))
-        sites = [self._join(site, port, own) for site, own in zip(names, ports, strict=True)]
-        self.say(f"{len(sites)} sites are started: {', '.join(names)}")
+        sites = [self._stay(site) for site in names]
+        sites += [self._join(site, port, own) for site, own in zip(names, ports, strict=True)]
+        self.say(f"{len(names)} sites are started: {', '.join(names)}")
         command = commands.run(self.deployment, f"join-timeout={JOIN_SECONDS}")
         run = str(self._flwr(command)["run-id"])
         for _ in range(VIEWS):
@@ -125,6 +126,11 @@ class _Federation:
         server = self._start("server", command, self.folder / SERVER, home)
         server.until(lambda: listens(port), "it listened", COMMAND_SECONDS)
         return server
+
+    def _stay(self, site: str) -> Process:
+        """The site's process, which its node hands messages to once it is there."""
+        own = self.folder / SITES / site
+        return self._start(f"process-{site}", commands.resident("."), own, self.scratch / site)
 
     def _join(self, site: str, port: int, own: int) -> Process:
         command = commands.supernode(self.deployment, site, f"{HOST}:{port}", own)

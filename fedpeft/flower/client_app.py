@@ -5,7 +5,7 @@ with every request; the process keeps what it prepared from the last one, so tha
 simulation an actor loads model and data once. The node's configuration names its client by
 ``client``, or by ``partition-id``, its place among the sorted client names.
 
-Private memory (``Strategy.remembers``) stays on the node, in Flower's context. Of an error, nothing
+Private memory (``Strategy.remembers``) stays on the node (``keep``). Of an error, nothing
 but the type leaves the node unless fedpeft wrote the message; the traceback is in the node's log.
 
 ``app`` is for real nodes, whose operators' rules and keys it goes by (``node``, ``identity``);
@@ -17,37 +17,47 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
-from flwr.app import ArrayRecord, Context, Error, RecordDict
+from flwr.app import Context, Error, MessageType, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from fedpeft import errors
-from fedpeft.config import Engine
+from fedpeft.config import Engine, Recipe
 from fedpeft.config_load import parse_recipe
 from fedpeft.errors import FedpeftError, PayloadError
 from fedpeft.federation import Failure
-from fedpeft.flower.node import Node, charged, check_rules, check_scores
-from fedpeft.flower.records import Header, decode, decode_tree, encode, encode_tree
+from fedpeft.flower.keep import Memory, memory_of
+from fedpeft.flower.node import Node, charged, check_rules, check_scores, policy_of
+from fedpeft.flower.reasons import ClientError, public_reason, reason
+from fedpeft.flower.records import Header, decode, encode
 from fedpeft.flower.secure_client import answer_stage
 from fedpeft.message import PAYLOAD
 from fedpeft.prepare import Prepared, prepare
+from fedpeft.privacy.accountants import epsilon_of
+from fedpeft.privacy.events import history
+from fedpeft.site.policy import Policy
+from fedpeft.site.rules import check_model, check_promise, check_recipe, check_text
 from fedpeft.strategy import Message, Messages
-from fedpeft.tree import Tree, finite_rows, row
+from fedpeft.tree import finite_rows, row
 
 log = logging.getLogger(__name__)
 
-_MEMORY = "memory."
-_OWN_ERRORS = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
 
-Work = Callable[[Prepared, Messages, Header, Node], Message]
+@dataclass(frozen=True)
+class Asked:
+    """A request as it is worked on: own header, node, and what the client keeps."""
+
+    own: Header
+    node: Node
+    memory: Memory
 
 
-class _ClientError(Exception):
-    """A client's training or evaluation failed; the text is what may leave the node."""
+Work = Callable[[Prepared, Messages, Asked], Message]
 
 
 def client_app(is_simulated: bool) -> ClientApp:
@@ -57,44 +67,88 @@ def client_app(is_simulated: bool) -> ClientApp:
     @found.query()
     def query(message: FlowerMessage, context: Context) -> FlowerMessage:
         """Who this node is: its client's name and number of training examples, and the digests."""
-        return _answer(message, context, _describe, is_simulated)
+        return _answer(message, context, is_simulated)
 
     @found.train()
     def train(message: FlowerMessage, context: Context) -> FlowerMessage:
         """The strategy's ``train`` on this node's client."""
-        return _answer(message, context, _train, is_simulated)
+        return _answer(message, context, is_simulated)
 
     @found.train("secure")
     def train_securely(message: FlowerMessage, context: Context) -> FlowerMessage:
         """A stage of secure aggregation; in one of them the client trains."""
-        return _answer(message, context, _train_securely, is_simulated)
+        return _answer(message, context, is_simulated)
 
     @found.evaluate()
     def evaluate(message: FlowerMessage, context: Context) -> FlowerMessage:
         """The score of this node's client on its own hold-out."""
-        return _answer(message, context, _evaluate, is_simulated)
+        return _answer(message, context, is_simulated)
 
     return found
 
 
-def _answer(
-    message: FlowerMessage, context: Context, work: Work, is_simulated: bool
-) -> FlowerMessage:
-    """The reply of ``work``, or an error for this client alone."""
+def _answer(message: FlowerMessage, context: Context, is_simulated: bool) -> FlowerMessage:
+    """The reply to a message, or an error for this client alone."""
+    kind = message.metadata.message_type
     try:
-        request, header = decode(message.content)
-        prepared = _prepared(header.recipe)
-        client = client_of(context.node_config, prepared.problem.clients)
-        own = _own_header(prepared, client, header)
-        _check(header, own)
         node = Node(context.node_config, context.state, is_simulated)
-        request = _opened(prepared, request, node)
-        reply = work(prepared, Messages.stack((client,), [request]), own, node)
-        return FlowerMessage(encode(reply, own), reply_to=message)
+        return FlowerMessage(answer(kind, message.content, node), reply_to=message)
     except Exception as error:  # one faulty client costs only itself
-        log.warning("%s failed", message.metadata.message_type, exc_info=error)
+        log.warning("%s failed", kind, exc_info=error)
         code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-        return FlowerMessage(Error(code, _reason(error)), reply_to=message)
+        return FlowerMessage(Error(code, reason(error)), reply_to=message)
+
+
+def answer(kind: str, content: RecordDict, node: Node) -> RecordDict:
+    """What a node answers to a message of Flower's type ``kind``.
+
+    What the client keeps is saved when it returns. Raises whatever goes wrong; of that, ``reason``
+    says what may leave the node.
+    """
+    work = _WORK[kind]
+    request, header = decode(content)
+    policy = policy_of(node)
+    prepared = allowed(header.recipe, policy)
+    client = client_of(node.config, prepared.problem.clients)
+    if policy is not None and policy.max_epsilon is not None:
+        check_promise(policy, _promised(header.recipe, client))
+    own = _own_header(prepared, client, header)
+    _check(header, own)
+    with memory_of(node, own, trains=work is not _evaluate) as memory:
+        asked = Asked(own, node, memory)
+        request = _opened(prepared, request, memory)
+        reply = work(prepared, Messages.stack((client,), [request]), asked)
+        found = encode(reply, own)
+        memory.save(prepared.recipe.output)
+    return found
+
+
+def allowed(recipe: str, policy: Policy | None) -> Prepared:
+    """What a recipe prepares, where the policy allows it: nothing is loaded for one it does not."""
+    if policy is not None:
+        check_text(policy, recipe)
+        check_recipe(policy, _parsed(recipe))
+    prepared = _prepared(recipe)
+    if policy is not None:
+        clients = len(prepared.problem.clients)
+        check_model(policy, prepared.recipe, prepared.network.digest, clients)
+    return prepared
+
+
+@functools.lru_cache(maxsize=1)
+def _promised(recipe: str, client: str) -> float:
+    """The epsilon, at the recipe's delta, of the whole run for this client; infinite for none."""
+    prepared = _prepared(recipe)
+    terms = prepared.terms
+    if terms is None:
+        return math.inf
+    whole = terms.whole(prepared.population.clients.roster[client])
+    return epsilon_of(history(whole), terms.delta, prepared.recipe.privacy.accountant)
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(recipe: str) -> Recipe:
+    return parse_recipe(recipe, "the recipe in the request")
 
 
 @functools.lru_cache(maxsize=1)
@@ -104,7 +158,7 @@ def _prepared(recipe: str) -> Prepared:
     How to compute is the node's own affair: one client at a time, on the threads that the process
     was given (an actor of the simulation: its share of the cores), on its own CUDA device.
     """
-    found = parse_recipe(recipe, "the recipe in the request")
+    found = _parsed(recipe)
     device = found.engine.device.split(":")[0]
     found = replace(found, data=replace(found.data, public=None))  # the server's own
     return prepare(replace(found, engine=Engine(kind="sequential", chunk=1, device=device)))
@@ -132,20 +186,6 @@ def client_of(node_config: Mapping[str, object], clients: Sequence[str]) -> str:
     return clients[int(place)]
 
 
-def public_reason(text: str) -> str:
-    """Of ``Type: message``, what may leave the node: the message only of fedpeft's own errors."""
-    kind = text.partition(": ")[0]
-    return text if kind in _OWN_ERRORS else f"{kind} (the traceback is in the node's log)"
-
-
-def _reason(error: Exception) -> str:
-    """Of an error, what may leave the node."""
-    if isinstance(error, _ClientError):
-        return str(error)
-    text = f"{type(error).__name__}: {error}"
-    return text if isinstance(error, FedpeftError) else public_reason(text)
-
-
 def _own_header(prepared: Prepared, client: str, asked: Header) -> Header:
     network = prepared.network
     digests = network.digest, network.layout.digest
@@ -161,12 +201,12 @@ def _check(asked: Header, own: Header) -> None:
             raise FedpeftError(f"the server asks for {what} {theirs!r}, this node has {ours!r}")
 
 
-def _describe(prepared: Prepared, request: Messages, own: Header, node: Node) -> Message:
-    examples = prepared.population.clients.roster[own.client]
-    return Message(scalars={"examples": float(examples)})
+def _describe(prepared: Prepared, request: Messages, asked: Asked) -> Message:
+    examples = prepared.population.clients.roster[asked.own.client]
+    return Message(scalars={"examples": float(examples), "kept": float(asked.memory.begun())})
 
 
-def _opened(prepared: Prepared, request: Message, node: Node) -> Message:
+def _opened(prepared: Prepared, request: Message, memory: Memory) -> Message:
     """The request with the trees that are in its payload, which the client keeps."""
     blobs = dict(request.blobs)
     payload = blobs.pop(PAYLOAD, None)
@@ -174,66 +214,61 @@ def _opened(prepared: Prepared, request: Message, node: Node) -> Message:
         return request
     if prepared.downlink is None:
         raise PayloadError("the request holds a payload, and the recipe names no comms.down.codec")
-    trees, kept = prepared.downlink.read(payload, recall(node.state))
-    remember(node.state, kept)
+    trees, kept = prepared.downlink.read(payload, memory.recall())
+    memory.remember(kept)
     whole = {tree: row(tensors, 0) for tree, tensors in trees.items()}
     return Message(whole, request.scalars, blobs)
 
 
-def _train(prepared: Prepared, request: Messages, own: Header, node: Node) -> Message:
-    check_rules(node, prepared, secure=False)
-    reply = _trained(prepared, request, own, node)
+def _train(prepared: Prepared, request: Messages, asked: Asked) -> Message:
+    check_rules(asked.node, prepared, secure=False)
+    reply = _trained(prepared, request, asked)
     if reply.coded is not None and not all(bool(finite_rows(t)) for t in reply.trees.values() if t):
-        raise _ClientError("NaN or Inf in what was trained: it cannot be encoded")
+        raise ClientError("NaN or Inf in what was trained: it cannot be encoded")
     return reply.travelling(0)
 
 
-def _train_securely(prepared: Prepared, request: Messages, own: Header, node: Node) -> Message:
-    check_rules(node, prepared, secure=True)
+def _train_securely(prepared: Prepared, request: Messages, asked: Asked) -> Message:
+    check_rules(asked.node, prepared, secure=True)
 
     def train(sent: Messages) -> Messages:
-        return _trained(prepared, sent, own, node)
+        return _trained(prepared, sent, asked)
 
-    return answer_stage(prepared, request, node, train)
+    return answer_stage(prepared, request, asked.node, train)
 
 
-def _trained(prepared: Prepared, request: Messages, own: Header, node: Node) -> Messages:
+def _trained(prepared: Prepared, request: Messages, asked: Asked) -> Messages:
     """The reply of this node's client, one row."""
+    own, memory = asked.own, asked.memory
     federation = prepared.federation()
-    federation.restore({own.client: recall(node.state)})
-    with charged(node, prepared, own):
+    federation.restore({own.client: memory.recall()})
+    memory.redo()
+    with charged(asked.node, prepared, own):
         [result] = federation.run(own.round, request)
     if isinstance(result, Failure):
-        raise _ClientError(public_reason(result.reason))
-    remember(node.state, federation.memory().get(own.client, {}))
+        raise ClientError(public_reason(result.reason))
+    memory.remember(federation.memory().get(own.client, {}))
     return result
 
 
-def _evaluate(prepared: Prepared, request: Messages, own: Header, node: Node) -> Message:
-    check_scores(node, prepared.recipe)
+def _evaluate(prepared: Prepared, request: Messages, asked: Asked) -> Message:
+    own = asked.own
+    check_scores(asked.node, prepared.recipe)
     federation = prepared.federation()
-    federation.restore({own.client: recall(node.state)})
+    federation.restore({own.client: asked.memory.recall()})
     [result] = federation.evaluate(own.round, request)
     if isinstance(result, Failure):
-        raise _ClientError(public_reason(result.reason))
+        raise ClientError(public_reason(result.reason))
     score = asdict(result[own.client])
     return Message(scalars={name: float(value) for name, value in score.items()})
 
 
-def recall(state: RecordDict) -> dict[str, Tree]:
-    """The client's private memory in Flower's context, name -> tree."""
-    return {
-        key.removeprefix(_MEMORY): decode_tree(record, key)
-        for key, record in state.items()
-        if key.startswith(_MEMORY) and isinstance(record, ArrayRecord)
-    }
-
-
-def remember(state: RecordDict, memory: Mapping[str, Tree]) -> None:
-    """Writes the client's private memory into Flower's context."""
-    for name, tree in memory.items():
-        state[f"{_MEMORY}{name}"] = encode_tree(tree)
-
+_WORK: Mapping[str, Work] = {
+    MessageType.QUERY: _describe,
+    MessageType.TRAIN: _train,
+    f"{MessageType.TRAIN}.secure": _train_securely,
+    MessageType.EVALUATE: _evaluate,
+}
 
 app = client_app(is_simulated=False)
 simulated = client_app(is_simulated=True)

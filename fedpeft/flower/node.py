@@ -3,8 +3,9 @@
 The recipe comes with every request, from the server. So what the operator configured binds the node
 more than the recipe does: with ``identity`` it trains under secure aggregation only, with
 ``privacy-ledger`` only by DP-SGD (``privacy.unit=record``), and of each round that it trains, its
-own ledger is charged first. A simulated node has no operator: it is one machine with the server,
-and the run's own ledger is charged there.
+own ledger is charged first. With ``policy`` it takes only recipes that this file allows, and the
+file's ``max_epsilon`` bounds the ledger too, over all runs. A simulated node has no operator: it is
+one machine with the server, and the run's own ledger is charged there.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fedpeft.prepare import Prepared
 from fedpeft.privacy.events import Event, flatten
 from fedpeft.privacy.ledger import Budget, Ledger
 from fedpeft.privacy.terms import Terms
+from fedpeft.site.policy import Policy, read_policy
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class Node:
     config: Mapping[str, object]
     state: RecordDict
     simulated: bool
+
+
+def policy_of(node: Node) -> Policy | None:
+    """What the node's operator allows (node config ``policy=FILE``), read anew; None: anything."""
+    path = node.config.get("policy")
+    return None if node.simulated or not path else read_policy(Path(str(path)))
 
 
 def check_rules(node: Node, prepared: Prepared, secure: bool) -> None:
@@ -119,7 +127,10 @@ def _charge(node: Node, prepared: Prepared, terms: Terms, own: Header) -> None:
             "own account of what its records have spent, which survives the node."
         )
     privacy = prepared.recipe.privacy
-    budget = Budget(privacy.epsilon or math.inf, terms.delta, privacy.accountant)
+    policy = policy_of(node)
+    most = math.inf if policy is None or policy.max_epsilon is None else policy.max_epsilon
+    epsilon = min(privacy.epsilon or math.inf, most)
+    budget = Budget(epsilon, terms.delta, privacy.accountant)
     event = terms.event(prepared.population.clients.roster[own.client])
     with Ledger.open(Path(str(path)), budget) as ledger:
         taken = _releases(ledger.spent(own.client)) // _releases(event)

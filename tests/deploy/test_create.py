@@ -28,12 +28,15 @@ from typer.testing import CliRunner
 
 from fedpeft.cli.app import app
 from fedpeft.config import Output
-from fedpeft.config_load import load_recipe
+from fedpeft.config_load import dump_recipe, load_recipe
 from fedpeft.deploy import layout
 from fedpeft.deploy.create import init
 from fedpeft.errors import FedpeftError
 from fedpeft.flower.identity import own_keyring, read_identities, read_secret
 from fedpeft.secagg.primitives import identity
+from fedpeft.site.folder import read_config
+from fedpeft.site.policy import read_policy
+from fedpeft.site.rules import check_recipe, check_text, policy_for
 
 SITES = ("client-000", "client-001", "client-002")
 THREE = "partition.clients=3"
@@ -142,8 +145,8 @@ def test_no_secret_lies_in_two_places(made: Path) -> None:
 def test_a_site_is_told_what_it_needs(made: Path) -> None:
     names = {path.name for path in (made / "sites" / SITES[0]).iterdir()}
     assert names == {
-        *("all.json", "ca.crt", "fedpeft-site.service"),
-        *("identity.key", "node.key", "node.pub"),
+        *("all.json", "ca.crt", "fedpeft-site.service", "fedpeft-node.service"),
+        *("identity.key", "node.key", "node.pub", "policy.yaml", "site.json"),
     }
 
 
@@ -170,7 +173,9 @@ def test_the_units_are_commands_that_flower_takes(
         assert (guarded / "server" / file).is_file()
     for site in SITES:
         own = guarded / "sites" / site
-        _, [program, *words] = unit(own / "fedpeft-site.service")
+        _, words = unit(own / "fedpeft-site.service")
+        assert words == ["/var/lib/fedpeft/venv/bin/fedpeft", "site", "."]
+        _, [program, *words] = unit(own / "fedpeft-node.service")
         assert program == "/var/lib/fedpeft/venv/bin/flower-supernode"
         args = _parse_args_run_supernode().parse_args(words)
         assert (args.superlink, args.insecure) == ("[::1]:8443", False)
@@ -178,14 +183,32 @@ def test_the_units_are_commands_that_flower_takes(
         assert (own / args.auth_supernode_private_key).is_file()
         config = parse_config_args([args.node_config])
         assert (config["client"], config["privacy-ledger"]) == (site, "privacy.jsonl")
+        assert config == read_config(own)
         monkeypatch.chdir(own)
         assert own_keyring(config).identities.keys() == set(SITES)
 
 
-def test_without_protection_a_node_is_bound_to_nothing(made: Path) -> None:
-    _, [_, *words] = unit(made / "sites" / SITES[1] / "fedpeft-site.service")
+def test_without_protection_a_node_is_bound_by_its_policy_alone(made: Path) -> None:
+    _, [_, *words] = unit(made / "sites" / SITES[1] / "fedpeft-node.service")
     args = _parse_args_run_supernode().parse_args(words)
-    assert parse_config_args([args.node_config]) == {"client": SITES[1]}
+    assert parse_config_args([args.node_config]) == {
+        "client": SITES[1],
+        "socket": "resident/site.sock",
+        "state": "state",
+        "policy": "policy.yaml",
+    }
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_policy_allows_the_recipe_that_it_was_written_for(guarded: Path, site: str) -> None:
+    recipe = load_recipe(str(guarded / "server" / "recipe.yaml"))
+    policy = read_policy(guarded / "sites" / site / "policy.yaml")
+    assert policy == policy_for(recipe)
+    assert (policy.privacy_unit, policy.secure_aggregation) == ("record", "required")
+    check_text(policy, dump_recipe(recipe))
+    check_recipe(policy, recipe)
+    with pytest.raises(FedpeftError, match="sources allows pydocs, and data.source is '/etc'"):
+        check_recipe(policy, replace(recipe, data=replace(recipe.data, source="/etc")))
 
 
 def test_the_app_is_the_one_of_the_repository_and_the_recipe_the_one_given(made: Path) -> None:
@@ -203,14 +226,17 @@ def test_the_app_is_the_one_of_the_repository_and_the_recipe_the_one_given(made:
 
 def test_a_container_sees_its_own_folder_only(guarded: Path) -> None:
     services = yaml.safe_load((guarded / "compose.yaml").read_text())["services"]
-    assert services.keys() == {"server", *(f"site-{site}" for site in SITES)}
+    own = (f"{kind}-{site}" for kind in ("site", "node") for site in SITES)
+    assert services.keys() == {"server", *own}
     for name, service in services.items():
         [volume] = service["volumes"]
         own, inside = volume.split(":")
         assert own == ("./server" if name == "server" else f"./sites/{name[5:]}")
         assert (guarded / own).is_dir() and inside == service["working_dir"]
         program, *words = service["command"]
-        if name != "server":
+        if name.startswith("site"):
+            assert (program, words) == ("fedpeft", ["site", "."])
+        elif name != "server":
             assert program == "flower-supernode"
             assert _parse_args_run_supernode().parse_args(words).superlink == "server:8443"
     assert (guarded / ".dockerignore").read_text() == "*\n!*.whl\n"

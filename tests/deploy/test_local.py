@@ -52,7 +52,8 @@ def test_a_run_that_is_completed(federation: Path) -> None:
     assert found.adapter == federation / "server" / "run" / "adapter"
     assert "INFO : round 1" in said and "" not in said
     logs = {path.name for path in (federation / "logs").iterdir()}
-    assert logs == {"server.log", "run.log", "site-client-000.log", "site-client-001.log"}
+    sites = [f"{kind}-client-00{k}.log" for kind in ("site", "process") for k in (0, 1)]
+    assert logs == {"server.log", "run.log", *sites}
 
 
 @pytest.mark.parametrize("status", ["finished:failed", "finished:stopped", "pending"])
