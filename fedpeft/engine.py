@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from fedpeft import sampling
+from fedpeft import logs, sampling
 from fedpeft.cohort.federation import client_weights
 from fedpeft.comms.ledger import Bytes, Entry, entries, grouped, totals
 from fedpeft.config import Rounds
@@ -60,6 +60,7 @@ class Seam:
 PLAIN = Seam()
 
 
+@logs.scope()
 def play_round(
     strategy: Strategy[Any],
     state: Any,
@@ -77,6 +78,7 @@ def play_round(
     ``rounds.quorum`` of the clients sampled; the state is then unchanged.
     """
     began = time.perf_counter()
+    logs.bind(round=number)
     names = seam.names
     if names is None:
         names = sampling.draw(rounds.sampling, federation.clients(), seed, number)

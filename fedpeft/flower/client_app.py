@@ -6,7 +6,8 @@ simulation an actor loads model and data once. The node's configuration names it
 ``client``, or by ``partition-id``, its place among the sorted client names.
 
 Private memory (``Strategy.remembers``) stays on the node, in Flower's context. Of an error, nothing
-but the type leaves the node unless fedpeft wrote the message; the traceback is in the node's log.
+but the type leaves the node unless fedpeft wrote the message; the traceback is in the node's log,
+which is a file of JSON lines (``fedpeft.logs``) where the node's configuration has ``log=FILE``.
 
 ``app`` is for real nodes, whose operators' rules and keys it goes by (``node``, ``identity``);
 ``simulated`` is for simulations, which have none. Under secure aggregation a client answers to
@@ -19,13 +20,14 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, Error, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from fedpeft import errors
+from fedpeft import errors, logs
 from fedpeft.config import Engine
 from fedpeft.config_load import parse_recipe
 from fedpeft.errors import FedpeftError, PayloadError
@@ -77,14 +79,18 @@ def client_app(is_simulated: bool) -> ClientApp:
     return found
 
 
+@logs.scope()
 def _answer(
     message: FlowerMessage, context: Context, work: Work, is_simulated: bool
 ) -> FlowerMessage:
     """The reply of ``work``, or an error for this client alone."""
     try:
+        _log_to(context.node_config.get("log"))
         request, header = decode(message.content)
+        logs.bind(header.run, header.round)
         prepared = _prepared(header.recipe)
         client = client_of(context.node_config, prepared.problem.clients)
+        logs.bind(client=client)
         own = _own_header(prepared, client, header)
         _check(header, own)
         node = Node(context.node_config, context.state, is_simulated)
@@ -95,6 +101,13 @@ def _answer(
         log.warning("%s failed", message.metadata.message_type, exc_info=error)
         code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
         return FlowerMessage(Error(code, _reason(error)), reply_to=message)
+
+
+@functools.cache
+def _log_to(path: object) -> None:
+    """Begins the node's structured log, once in a process, where its operator wants one."""
+    if path:
+        logs.write_to(Path(str(path)))
 
 
 @functools.lru_cache(maxsize=1)
