@@ -3,8 +3,8 @@
 ``flwr supernode list`` (1.41) shows node ids, which change; who a node is, its public key says,
 which the server sends all the same. Prints ``{"success": true, "nodes": [{"key", "status",
 "online", "offline"}]}``: the key as PEM, ``status`` as Flower calls it (``registered``, ``online``,
-``offline``), times in ISO 8601 or empty. Nodes that were unregistered are left out. Ends with 1, and
-why on stderr, where the server does not answer.
+``offline``), times in ISO 8601 or empty. Nodes that were unregistered are left out. Where the
+server does not answer, it ends with 1 and says why on stderr.
 """
 
 from __future__ import annotations
