@@ -87,7 +87,7 @@ def _answer(
     try:
         _log_to(context.node_config.get("log"))
         request, header = decode(message.content)
-        logs.bind(header.run, header.round)
+        logs.bind(header.run or None, header.round or None)
         prepared = _prepared(header.recipe)
         client = client_of(context.node_config, prepared.problem.clients)
         logs.bind(client=client)

@@ -21,8 +21,10 @@ from cryptography.hazmat.primitives.serialization import (
 from typer.testing import CliRunner
 
 from fedpeft.cli.app import app
-from fedpeft.deploy import local, trial
+from fedpeft.deploy import commands, local, trial
 from fedpeft.deploy.create import init
+from fedpeft.deploy.layout import read
+from fedpeft.deploy.processes import Processes
 from fedpeft.deploy.status import Status, status
 from fedpeft.errors import FedpeftError
 from fedpeft.privacy.events import Gaussian
@@ -261,3 +263,25 @@ def test_what_a_program_reads(federation: Path) -> None:
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["deploy", "status", str(tmp_path)])
     assert done.exit_code == 2 and "has no deployment.json" in done.stderr
+
+
+@pytest.mark.slow
+def test_flowers_own_server_knows_sites_by_their_keys(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    folder, scratch = tmp_path / "federation", tmp_path / "scratch"
+    shutil.copytree(made, folder)
+    (folder / "logs").mkdir()
+    scratch.mkdir()
+    [port] = local.free_ports(1)
+    with Processes(folder / "logs", local.environment(1)) as processes:
+        server = local._Federation(folder, read(folder), scratch, processes, lambda line: None)
+        server._serve(port)
+        server._flwr(commands.register("client-001"))
+        found = status(folder, now())
+    assert (found.server, found.unreachable, found.runs) == (f"127.0.0.1:{port}", "", ())
+    sites = {site.name: site.state for site in found.sites}
+    assert sites == {"client-000": "not registered", "client-001": "registered"}
+    after = status(folder, now())
+    assert "SuperLink is unavailable" in after.unreachable and after.sites[1].state == "unknown"
