@@ -84,7 +84,8 @@ def test_a_traceback_is_a_field(path: Path) -> None:
     assert line["traceback"].endswith("ValueError: of one client")
 
 
-def test_of_others_only_warnings(path: Path) -> None:
+def test_of_others_only_warnings(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "flwr")  # as Flower does
     for logger in (OWN, OTHER, FLOWER):
         for level in (logging.DEBUG, logging.INFO, logging.WARNING):
             logger.log(level, "x")
@@ -93,6 +94,7 @@ def test_of_others_only_warnings(path: Path) -> None:
         ("fedpeft.some", "INFO"),
         ("fedpeft.some", "WARNING"),
         ("library", "WARNING"),
+        ("flwr.fedpeft", "INFO"),
         ("flwr.fedpeft", "WARNING"),
     ]
 

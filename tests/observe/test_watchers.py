@@ -53,13 +53,15 @@ def test_a_run_as_log_lines(caplog: pytest.LogCaptureFixture) -> None:
     assert {r.__dict__["round"] for r in excluded} == {1}
 
 
-def test_a_server_is_watched_as_its_run_config_says(tmp_path: Path) -> None:
+def test_a_server_is_watched_as_its_run_config_says(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "flwr")  # as Flower does
     [port] = free_ports(1)
     folder = RunFolder.create(tmp_path / "run")
     folder.describe(dump_recipe(load_recipe("quickstart")), "data")
     config = {"log": str(tmp_path / "log.jsonl"), "metrics-port": port}
     with watching(config, "abc", "flwr.fedpeft") as watcher:
-        logging.getLogger("flwr").setLevel(logging.DEBUG)  # as Flower does
         act(watcher, str(folder.path))
     logging.getLogger("flwr.fedpeft").error("behind the end")
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
