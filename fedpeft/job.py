@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedpeft import sampling
+from fedpeft import logs, sampling
 from fedpeft.base import export_with_base
 from fedpeft.baselines import baseline, clients_outcome, test_score
 from fedpeft.comms.ledger import Ledger
@@ -167,9 +167,11 @@ class Job:
     purse: Purse | None
     saved: int = field(default=-1)
 
+    @logs.scope()
     def go(self, host: Host) -> Summary:
         """Rounds still to be played, then the end of the run."""
         began = time.perf_counter()
+        logs.bind(run=self.folder.identity)
         recipe = self.prepared.recipe
         self.watcher.planned(make_plan(self.prepared), str(self.folder.path))
         self.watcher.stage(str(recipe.strategy["name"]), recipe.rounds.count)
@@ -206,6 +208,7 @@ class Job:
 
     def _round(self, federation: Federation, number: int) -> None:
         recipe, strategy, sizes = self.prepared.recipe, self.prepared.strategy, federation.clients()
+        logs.bind(round=number)
         if self.purse is not None:
             books = (*self.at.extra["down"].values(), *self.at.extra["up"].values())
             self.purse.check(number, sum(books))

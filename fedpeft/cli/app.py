@@ -47,6 +47,16 @@ VerboseFlag = Annotated[
     bool,
     typer.Option("--verbose", "-v", help="Show logs (such as the lane's choice) and tracebacks."),
 ]
+LogFile = Annotated[
+    Path | None,
+    typer.Option("--log", metavar="FILE", help="Append the log to FILE, as JSON lines."),
+]
+MetricsPort = Annotated[
+    int,
+    typer.Option(
+        metavar="PORT", show_default=False, help="Answer Prometheus on 127.0.0.1:PORT meanwhile."
+    ),
+]
 
 
 def main() -> None:
@@ -79,6 +89,8 @@ def run(
     quiet: QuietFlag = False,
     json: JsonFlag = False,
     verbose: VerboseFlag = False,
+    log: LogFile = None,
+    metrics_port: MetricsPort = 0,
 ) -> None:
     """Run a recipe: train, evaluate, compare, export the adapter.
 
@@ -95,7 +107,7 @@ def run(
 
         return run(load_recipe(recipe, overrides or []), watcher)
 
-    play(start, _mode(quiet, json, verbose))
+    play(start, _mode(quiet, json, verbose, log, metrics_port))
 
 
 @app.command(short_help="Go on with a run that was stopped.")
@@ -104,6 +116,8 @@ def resume(
     quiet: QuietFlag = False,
     json: JsonFlag = False,
     verbose: VerboseFlag = False,
+    log: LogFile = None,
+    metrics_port: MetricsPort = 0,
 ) -> None:
     """Go on with a run that was stopped, from its last checkpoint.
 
@@ -116,7 +130,7 @@ def resume(
 
         return resume(folder, watcher)
 
-    play(start, _mode(quiet, json, verbose))
+    play(start, _mode(quiet, json, verbose, log, metrics_port))
 
 
 @app.command(short_help="Show what a run would train, send and need.")
@@ -288,8 +302,8 @@ def list_(
         listing.show([topic] if topic else list(listing.Topic))
 
 
-def _mode(quiet: bool, json: bool, verbose: bool) -> Mode:
+def _mode(quiet: bool, json: bool, verbose: bool, log: Path | None, metrics_port: int) -> Mode:
     if quiet and (json or verbose):
         other = "--json" if json else "--verbose"
         raise typer.BadParameter(f"--quiet and {other} exclude each other: give one of them.")
-    return Mode(quiet, json, verbose)
+    return Mode(quiet, json, verbose, log, metrics_port)

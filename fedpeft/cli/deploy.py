@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -90,5 +92,53 @@ def up(
         screen.print(
             f"completed in {done.seconds:.1f} s, {size(done.down)} to the sites, "
             f"{size(done.up)} from them. The adapter is in {done.adapter}",
+            soft_wrap=True,
+        )
+
+
+@app.command(short_help="Show sites, rounds, bytes and budgets.")
+def status(
+    folder: Folder,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Show sites, rounds, bytes and budgets, while a deployment runs and after it.
+
+    DIR is a folder of `fedpeft deploy init`, or on the server the server's own. Where the server
+    does not answer, that is said, and the record of the run is shown.
+
+    Exit codes: 0, also where the server does not answer; 2 a fault in what was given.
+    """
+    with reported(verbose):
+        from fedpeft.deploy.status import status
+
+        now = datetime.now(UTC)
+        found = status(folder, now)
+        if json:
+            from fedpeft.cli.jsonl import write
+
+            write(sys.stdout, "status", {"status": found})
+        else:
+            from fedpeft.cli.status import page
+
+            Console(highlight=False).print(page(found, now))
+
+
+@app.command(short_help="Sign a new certificate for the server.")
+def renew(folder: Folder, verbose: VerboseFlag = False) -> None:
+    """Sign a new certificate for the server, for the same names and key.
+
+    DIR is a folder of `fedpeft deploy init`, with ca/ca.key. Sites need nothing new.
+    """
+    with reported(verbose):
+        from fedpeft.deploy.layout import HOME, SERVER
+        from fedpeft.deploy.renew import renew
+
+        ends = renew(folder, datetime.now(UTC))
+        path = folder / SERVER / "server.crt"
+        Console(highlight=False).print(
+            f"{path} is good until {ends:%Y-%m-%d}. Copy it to {HOME}/{SERVER} on the server, and "
+            f"restart the server between two runs: systemctl restart fedpeft-server (or docker "
+            f"compose restart server). The sites need nothing new.",
             soft_wrap=True,
         )

@@ -18,6 +18,9 @@ broken, skipped), ``found``.
 ``fedpeft audit --json`` writes ``note`` events and, at the end, a ``finding`` for each attack: the
 fields of ``fedpeft.audit.report.Finding``; ``claimed`` is null where nothing is claimed.
 
+``fedpeft deploy status --json`` writes one ``status`` event, the fields of
+``fedpeft.deploy.status.Status``.
+
 Bytes are by kind. A figure that is not finite is null.
 """
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.text import Text
+
+from fedpeft.logs import ROUNDS, is_own
 
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -39,6 +41,15 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     return not record.exc_info
 
 
+def _from(others: int, own: int) -> Callable[[logging.LogRecord], bool]:
+    """Records from these levels on, for a handler: a log file beside it may ask for more."""
+
+    def shows(record: logging.LogRecord) -> bool:
+        return record.name != ROUNDS and record.levelno >= (own if is_own(record) else others)
+
+    return shows
+
+
 @contextmanager
 def shown(console: Console, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
     """Sends what is logged to ``console``; enter it before torch and its like are imported.
@@ -55,9 +66,10 @@ def shown(console: Console, quiet: bool = False, verbose: bool = False) -> Itera
     if not verbose:
         handler.addFilter(_without_traceback)
     levels = (root.level, own.level)
-    root.addHandler(handler)
     root.setLevel(logging.WARNING if verbose else logging.ERROR)
     own.setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
+    handler.addFilter(_from(root.level, own.level))
+    root.addHandler(handler)
     logging.captureWarnings(True)
     try:
         yield

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -22,11 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mode:
-    """What a command says while it works."""
+    """What a command says while it works, and to whom besides.
+
+    log: a file that gets structured logs. metrics_port: where Prometheus scrapes; 0: nowhere.
+    """
 
     quiet: bool = False
     json: bool = False
     verbose: bool = False
+    log: Path | None = None
+    metrics_port: int = 0
 
 
 def play(start: Callable[[Watcher], Summary], mode: Mode) -> None:
@@ -55,4 +61,22 @@ def play(start: Callable[[Watcher], Summary], mode: Mode) -> None:
             from fedpeft.cli.watchers import Lines, Quiet
 
             watchers.append(Quiet(human) if mode.quiet else Lines(human, bars))
-        start(watchers[0])
+        start(stack.enter_context(_observed(watchers[0], mode)))
+
+
+@contextlib.contextmanager
+def _observed(watcher: Watcher, mode: Mode) -> Iterator[Watcher]:
+    """The watcher, with those that ``mode`` asks for beside it."""
+    if mode.log is None and not mode.metrics_port:
+        yield watcher
+        return
+    from fedpeft.observe import watchers
+
+    with contextlib.ExitStack() as stack:
+        every = [watcher]
+        if mode.log is not None:
+            stack.enter_context(watchers.logged(mode.log, "--log"))
+            every.append(watchers.LogLines())
+        if mode.metrics_port:
+            every.append(stack.enter_context(watchers.metrics(mode.metrics_port, "--metrics-port")))
+        yield watchers.Several(every)

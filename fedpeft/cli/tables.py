@@ -75,12 +75,12 @@ def _work(found: Plan) -> Group:
     each.add_row("steps in a round", *(f"{n:,}" for n in found.steps))
     labels = f", {found.labels} labels" if found.labels else ""
     return Group(
-        _pair("strategy", found.strategy),
-        _pair("rounds", f"{found.rounds:,}"),
-        _pair("clients", f"{found.clients:,}, {_sampled(found)} in a round"),
-        _pair("test examples", f"{found.test:,}{labels}"),
-        _pair("tokens in a round", f"about {found.tokens:,}"),
-        *(_pair(name, value) for name, value in found.privacy.items()),
+        pair("strategy", found.strategy),
+        pair("rounds", f"{found.rounds:,}"),
+        pair("clients", f"{found.clients:,}, {_sampled(found)} in a round"),
+        pair("test examples", f"{found.test:,}{labels}"),
+        pair("tokens in a round", f"about {found.tokens:,}"),
+        *(pair(name, value) for name, value in found.privacy.items()),
         "",
         each,
     )
@@ -120,9 +120,9 @@ def _traffic(found: Plan) -> Group:
     table.add_row("whole run", *(units.size(sum(way.values())) for way in ways))
     total = sum(sends.down.values()) + sum(sends.up.values())
     sure = "exactly" if sends.exact else "about"
-    lines = [_pair("both ways", f"{sure} {total:,} bytes")]
+    lines = [pair("both ways", f"{sure} {total:,} bytes")]
     if total:
-        lines.append(_pair("that is", units.shares(sends.dense, total)))
+        lines.append(pair("that is", units.shares(sends.dense, total)))
     return Group(table, "", *lines)
 
 
@@ -140,12 +140,13 @@ def _machine(found: Plan) -> Group:
     each = " by each worker" if several or found.engine == "flower" else ""
     memory = f"at most {units.size(need)} needed{each}, {units.size(free)} free"
     return Group(
-        _pair("engine", f"{found.engine} on {found.device}, lane {found.lane}"),
-        *([_pair("workers", f"{found.workers:,}, a base model each")] if several else []),
-        *([_pair("clients at once", f"{many:,}{each}")] if found.engine == "cohort" else []),
-        _pair("memory", memory, "yellow" if need > free else ""),
+        pair("engine", f"{found.engine} on {found.device}, lane {found.lane}"),
+        *([pair("workers", f"{found.workers:,}, a base model each")] if several else []),
+        *([pair("clients at once", f"{many:,}{each}")] if found.engine == "cohort" else []),
+        pair("memory", memory, "yellow" if need > free else ""),
     )
 
 
-def _pair(name: str, value: str, style: str = "") -> Text:
+def pair(name: str, value: str, style: str = "") -> Text:
+    """A name and what it is, on one line."""
     return Text.assemble((f"{name:<26}", "bold"), (value, style))

@@ -18,6 +18,8 @@ SOCKET = "resident/site.sock"
 
 POLICY = "policy.yaml"
 """What a site's operator allows."""
+NODES = "fedpeft.flower.nodes"
+"""A program of fedpeft's own: what ``flwr supernode list`` does not show."""
 
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -80,6 +82,16 @@ def run(deployment: Deployment, more: str = "") -> list[str]:
     """Submits a run. more: further run config."""
     config = " ".join(filter(None, (run_config(deployment), more)))
     return ["flwr", "run", "app", CONNECTION, "--run-config", config]
+
+
+def nodes(server: str) -> list[str]:
+    """Lists nodes with their keys. server: ``host:port``."""
+    return [NODES, server, "ca.crt"]
+
+
+def runs() -> list[str]:
+    """Lists runs."""
+    return ["flwr", "list", CONNECTION, "--format", "json"]
 
 
 def connection(server: str, certificate: str) -> str:

@@ -119,7 +119,7 @@ def _write_all(at: Path, folder: Path, deployment: Deployment, recipe: Recipe) -
     """at: where the files are written. folder: where they will be."""
     for name in (CA, SERVER, SITES):
         (at / name).mkdir()
-    authority = keys.Authority(datetime.now(UTC))
+    authority = keys.Authority.new(datetime.now(UTC))
     authority.write(at / CA)
     listed = {}
     for site in deployment.sites:

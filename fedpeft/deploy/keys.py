@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
+    load_pem_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -45,19 +46,37 @@ def write_secret(path: Path, data: bytes) -> None:
 class Authority:
     """A certificate authority that signs server certificates, and nothing further down.
 
-    now: the time that validity counts from, aware of its zone.
+    now: the time that validity counts from, aware of its zone. Made by ``new`` or ``read``.
     """
 
-    def __init__(self, now: datetime) -> None:
-        self._now = now
-        self._key = ec.generate_private_key(ec.SECP256R1())
+    def __init__(
+        self, now: datetime, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate
+    ) -> None:
+        self._now, self._key, self.certificate = now, key, certificate
+
+    @staticmethod
+    def new(now: datetime) -> Authority:
+        """One that nobody knows yet."""
+        key = ec.generate_private_key(ec.SECP256R1())
         name = _name("fedpeft deployment authority")
-        self.certificate = (
-            _begun(name, name, self._key.public_key(), now, CA_DAYS)
+        certificate = (
+            _begun(name, name, key.public_key(), now, now + timedelta(days=CA_DAYS))
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage(signs_certificates=True), critical=True)
-            .sign(self._key, SHA256())
+            .sign(key, SHA256())
         )
+        return Authority(now, key, certificate)
+
+    @staticmethod
+    def read(folder: Path, now: datetime) -> Authority:
+        """That of ``write``. Raises OSError, and ValueError where the files are not a pair."""
+        key = load_pem_private_key((folder / "ca.key").read_bytes(), None)
+        certificate = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or (
+            key.public_key() != certificate.public_key()
+        ):
+            raise ValueError("ca.key is not the key of ca.crt")
+        return Authority(now, key, certificate)
 
     def write(self, folder: Path) -> None:
         """Writes ``ca.key`` and ``ca.crt``."""
@@ -67,17 +86,21 @@ class Authority:
     def write_server(self, folder: Path, hosts: list[str]) -> None:
         """Writes ``server.key`` and ``server.crt``, valid for ``hosts`` (names and addresses)."""
         key = ec.generate_private_key(ec.SECP256R1())
-        names = [_subject_name(host) for host in dict.fromkeys(hosts)]
+        names = x509.SubjectAlternativeName([_subject_name(host) for host in dict.fromkeys(hosts)])
+        write_secret(folder / "server.key", _pem(key))
+        certificate = self.sign(key.public_key(), names)
+        (folder / "server.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
+
+    def sign(
+        self, key: ec.EllipticCurvePublicKey, names: x509.SubjectAlternativeName
+    ) -> x509.Certificate:
+        """A server's certificate; it ends after ``SERVER_DAYS``, or with the authority's own."""
+        ends = self._now + timedelta(days=SERVER_DAYS)
+        last = min(ends, self.certificate.not_valid_after_utc)
         issuer = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
-        found = (
-            _begun(
-                _name("fedpeft server"),
-                self.certificate.subject,
-                key.public_key(),
-                self._now,
-                SERVER_DAYS,
-            )
-            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        return (
+            _begun(_name("fedpeft server"), self.certificate.subject, key, self._now, last)
+            .add_extension(names, critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(signs_certificates=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -87,8 +110,6 @@ class Authority:
             )
             .sign(self._key, SHA256())
         )
-        write_secret(folder / "server.key", _pem(key))
-        (folder / "server.crt").write_bytes(found.public_bytes(Encoding.PEM))
 
 
 def write_node_key(folder: Path) -> bytes:
@@ -114,7 +135,7 @@ def _begun(
     issuer: x509.Name,
     key: ec.EllipticCurvePublicKey,
     now: datetime,
-    days: int,
+    ends: datetime,
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
@@ -123,7 +144,7 @@ def _begun(
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - EARLY)
-        .not_valid_after(now + timedelta(days=days))
+        .not_valid_after(ends)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 

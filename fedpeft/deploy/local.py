@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpeft.deploy import commands
+from fedpeft.deploy import commands, trial
 from fedpeft.deploy.create import RUN
 from fedpeft.deploy.layout import SERVER, SITES, Deployment, read
 from fedpeft.deploy.processes import Process, Processes, interruptible
@@ -74,7 +75,8 @@ def up(folder: Path, say: Say) -> Outcome:
     with contextlib.ExitStack() as stack:
         stack.enter_context(interruptible())
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedpeft-")))
-        processes = stack.enter_context(Processes(logs, _environment(len(deployment.sites))))
+        processes = stack.enter_context(Processes(logs, environment(len(deployment.sites))))
+        stack.callback((logs / trial.NOTE).unlink, missing_ok=True)
         return _Federation(folder, deployment, scratch, processes, say).play()
 
 
@@ -125,6 +127,7 @@ class _Federation:
         command = commands.superlink(HOST, port)
         server = self._start("server", command, self.folder / SERVER, home)
         server.until(lambda: listens(port), "it listened", COMMAND_SECONDS)
+        trial.note(self.folder / "logs", f"{HOST}:{port}")
         return server
 
     def _stay(self, site: str) -> Process:
@@ -163,32 +166,43 @@ class _Federation:
 
     def _flwr(self, command: Sequence[str]) -> Any:
         """What one of Flower's commands answers. Raises FedpeftError where it fails."""
-        try:
-            done = subprocess.run(
-                [*_program(command[0]), *command[1:], "--format", "json"],
-                cwd=self.folder / SERVER,
-                env={**self.processes.environment, "FLWR_HOME": str(self.scratch / SERVER)},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=COMMAND_SECONDS,
-            )
-        except subprocess.TimeoutExpired:
-            raise FedpeftError(
-                f"`{' '.join(command)}` has not answered within {COMMAND_SECONDS:g} seconds: see "
-                f"{self.folder / 'logs'}."
-            ) from None
-        try:
-            answer = json.loads(done.stdout)
-            failed = done.returncode != 0 or not answer["success"]
-        except (ValueError, KeyError, TypeError):
-            failed = True
-        if failed:
-            raise FedpeftError(
-                f"`{' '.join(command)}` failed with {done.returncode}: "
-                f"{(done.stderr or done.stdout).strip()[-2000:]}"
-            )
-        return answer
+        home = {"FLWR_HOME": str(self.scratch / SERVER)}
+        own = {**self.processes.environment, **home}
+        asked = [*command, "--format", "json"]
+        return answer(asked, self.folder / SERVER, own, COMMAND_SECONDS)
+
+
+def answer(command: Sequence[str], folder: Path, own: Mapping[str, str], seconds: float) -> Any:
+    """What a command says in JSON. folder: where it is started. own: its environment.
+
+    Raises FedpeftError where it fails, and where it takes longer than ``seconds``.
+    """
+    try:
+        done = subprocess.run(
+            [*_program(command[0]), *command[1:]],
+            cwd=folder,
+            env=own,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        raise FedpeftError(
+            f"`{' '.join(command)}` has not answered within {seconds:g} seconds: is the server "
+            f"overloaded, or does a firewall drop what is sent to it?"
+        ) from None
+    try:
+        found = json.loads(done.stdout)
+        failed = done.returncode != 0 or not found["success"]
+    except (ValueError, KeyError, TypeError):
+        failed = True
+    if failed:
+        raise FedpeftError(
+            f"`{' '.join(command)}` failed with {done.returncode}: "
+            f"{(done.stderr or done.stdout).strip()[-2000:]}"
+        )
+    return found
 
 
 def free_ports(count: int) -> list[int]:
@@ -209,13 +223,15 @@ def listens(port: int) -> bool:
 
 def _program(name: str) -> list[str]:
     """A program of this Python's environment. Raises FedpeftError where it is missing."""
+    if name == commands.NODES:
+        return [sys.executable, "-P", "-m", name]
     found = Path(sysconfig.get_path("scripts")) / name
     if not found.exists():
         raise FedpeftError(f"{name} is not installed beside this Python: pip install flwr.")
     return [str(found)]
 
 
-def _environment(sites: int) -> Mapping[str, str]:
+def environment(sites: int) -> Mapping[str, str]:
     """Of all processes: the cores are shared, and loopback is never asked of a proxy."""
     own = os.environ
     threads = max(1, (os.cpu_count() or 1) // sites)

@@ -5,8 +5,9 @@ with every request; the process keeps what it prepared from the last one, so tha
 simulation an actor loads model and data once. The node's configuration names its client by
 ``client``, or by ``partition-id``, its place among the sorted client names.
 
-Private memory (``Strategy.remembers``) stays on the node (``keep``). Of an error, nothing
-but the type leaves the node unless fedpeft wrote the message; the traceback is in the node's log.
+Private memory (``Strategy.remembers``) stays on the node (``keep``). Of an error, nothing but the
+type leaves the node unless fedpeft wrote the message; the traceback is in the node's log, which is
+a file of JSON lines (``fedpeft.logs``) where the node's configuration has ``log=FILE``.
 
 ``app`` is for real nodes, whose operators' rules and keys it goes by (``node``, ``identity``);
 ``simulated`` is for simulations, which have none. Under secure aggregation a client answers to
@@ -20,13 +21,14 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from flwr.app import Context, Error, MessageType, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from fedpeft import errors
+from fedpeft import errors, logs
 from fedpeft.config import Engine, Recipe
 from fedpeft.config_load import parse_recipe
 from fedpeft.errors import FedpeftError, PayloadError
@@ -87,10 +89,12 @@ def client_app(is_simulated: bool) -> ClientApp:
     return found
 
 
+@logs.scope()
 def _answer(message: FlowerMessage, context: Context, is_simulated: bool) -> FlowerMessage:
     """The reply to a message, or an error for this client alone."""
     kind = message.metadata.message_type
     try:
+        log_to(context.node_config.get("log"))
         node = Node(context.node_config, context.state, is_simulated)
         return FlowerMessage(answer(kind, message.content, node), reply_to=message)
     except Exception as error:  # one faulty client costs only itself
@@ -103,13 +107,15 @@ def answer(kind: str, content: RecordDict, node: Node) -> RecordDict:
     """What a node answers to a message of Flower's type ``kind``.
 
     What the client keeps is saved when it returns. Raises whatever goes wrong; of that, ``reason``
-    says what may leave the node.
+    says what may leave the node. To be called in a ``logs.scope``.
     """
     work = _WORK[kind]
     request, header = decode(content)
+    logs.bind(header.run or None, header.round or None)
     policy = policy_of(node)
     prepared = allowed(header.recipe, policy)
     client = client_of(node.config, prepared.problem.clients)
+    logs.bind(client=client)
     if policy is not None and policy.max_epsilon is not None:
         check_promise(policy, _promised(header.recipe, client))
     own = _own_header(prepared, client, header)
@@ -149,6 +155,13 @@ def _promised(recipe: str, client: str) -> float:
 @functools.lru_cache(maxsize=1)
 def _parsed(recipe: str) -> Recipe:
     return parse_recipe(recipe, "the recipe in the request")
+
+
+@functools.cache
+def log_to(path: object) -> None:
+    """Begins the node's structured log, once in a process, where its operator wants one."""
+    if path:
+        logs.write_to(Path(str(path)))
 
 
 @functools.lru_cache(maxsize=1)

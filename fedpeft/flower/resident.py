@@ -21,11 +21,12 @@ from pathlib import Path
 
 from flwr.app import MessageType, RecordDict
 
+from fedpeft import logs
 from fedpeft.config import Recipe
 from fedpeft.config_load import dump_recipe
 from fedpeft.errors import FedpeftError
 from fedpeft.flower import wire
-from fedpeft.flower.client_app import allowed, answer
+from fedpeft.flower.client_app import allowed, answer, log_to
 from fedpeft.flower.node import Node, check_rules, policy_of
 from fedpeft.flower.reasons import reason
 from fedpeft.flower.records import Header, decode, encode
@@ -36,6 +37,7 @@ from fedpeft.strategy import Message
 log = logging.getLogger(__name__)
 
 
+@logs.scope()
 def answered(frame: Frame, config: Config, state: RecordDict) -> Frame:
     """The answer to a frame of ``shim``: a frame of records, or of a public reason.
 
@@ -94,6 +96,7 @@ def main(folder: Path, number: int) -> None:
     state = RecordDict()
     try:
         config = read_config(folder)
+        log_to(config.get("log"))
         policy_of(Node(config, state, simulated=False))
     except FedpeftError as error:
         send(connection, Frame({"fatal": str(error)}))

@@ -7,6 +7,7 @@ It is the run that ``fedpeft run`` plays, with the same folder (``metrics.jsonl`
 - ``resume``: go on with the run in its folder, as after a crash of this app or of Flower's server.
   Without it, a run that is there is moved aside.
 - ``join-timeout``, ``reply-timeout`` (seconds), ``enough``: see ``courier.Patience``.
+- ``log``, ``metrics-port``: see ``observe.watching``.
 - ``identities``: under secure aggregation, a JSON file on the server with every client's public
   key (see ``identity``).
 
@@ -18,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,21 +28,20 @@ from flwr.serverapp import Grid, ServerApp
 from fedpeft import job
 from fedpeft.config import Recipe
 from fedpeft.config_load import load_recipe
-from fedpeft.engine import RoundReport
 from fedpeft.errors import FedpeftError
-from fedpeft.events import Outcome, Summary, Watcher
+from fedpeft.events import Outcome
 from fedpeft.federation import Federation
 from fedpeft.flower.courier import Patience
 from fedpeft.flower.federation import Digests, FlowerFederation
 from fedpeft.flower.identity import read_identities
 from fedpeft.flower.node import protected
 from fedpeft.flower.secure import SecureFlowerFederation
-from fedpeft.metrics import Score
-from fedpeft.plan import Plan
+from fedpeft.observe.watchers import watching
 from fedpeft.prepare import Prepared
 from fedpeft.record.folder import RunFolder
 
-log = logging.getLogger("flwr.fedpeft")  # what Flower shows
+LOGGER = "flwr.fedpeft"
+"""What it logs, Flower shows."""
 
 Config = Mapping[str, object]
 
@@ -60,11 +59,12 @@ def main(grid: Grid, context: Context) -> None:
     def host(prepared: Prepared, run: str, body: job.Body) -> Outcome:
         return body(federation_of(prepared, grid, config, run))
 
-    if config.get("resume"):
-        job.go_on(folder, ServerLog(), host, ledger, recipe)
-    else:
-        set_aside(folder)
-        job.begin(recipe, ServerLog(), host, ledger)
+    with watching(config, LOGGER) as watcher:
+        if config.get("resume"):
+            job.go_on(folder, watcher, host, ledger, recipe)
+        else:
+            set_aside(folder)
+            job.begin(recipe, watcher, host, ledger)
 
 
 def served(recipe: Recipe) -> Recipe:
@@ -121,28 +121,3 @@ def set_aside(folder: Path) -> None:
         return
     names = (folder.with_name(f"{folder.name}-{n:03d}") for n in itertools.count(1))
     folder.rename(next(name for name in names if not name.exists()))
-
-
-class ServerLog(Watcher):
-    """Tells Flower's log of each round."""
-
-    def planned(self, plan: Plan, folder: str) -> None:
-        log.info("the run is recorded in %s", folder)
-
-    def round_began(self, number: int, clients: int, tokens: int) -> None:
-        log.info("round %d: %d clients", number, clients)
-
-    def round_done(self, report: RoundReport, score: Score | None) -> None:
-        log.info("round %d: %d replies, loss %.4f", report.round, report.replied, report.loss)
-        for client, reason in report.excluded.items():
-            log.warning("round %d: %s excluded: %s", report.round, client, reason)
-        if score is not None:
-            log.info("test: %s", score)
-
-    def note(self, text: str) -> None:
-        log.warning("%s", text)
-
-    def finished(self, summary: Summary) -> None:
-        for line in summary.privacy:
-            log.info("privacy: %s", line)
-        log.info("the adapter is in %s", summary.adapter or "(it has no global one)")

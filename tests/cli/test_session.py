@@ -23,6 +23,7 @@ from fedpeft.cli import loading, watchers
 from fedpeft.cli.app import app
 from fedpeft.config import Engine, Model, Recipe, Rounds
 from fedpeft.config_load import dump_recipe, load_recipe
+from fedpeft.deploy.local import free_ports, listens
 from fedpeft.metrics import Tally
 from fedpeft.prepare import prepare
 from tests.tiny import CLASSES, tiny_recipe, write_tiny
@@ -118,6 +119,28 @@ def test_verbose_names_the_lane(files: Path, tmp_path: Path) -> None:
     done = call(files, "check", "--verbose")
     assert done.exit_code == 0
     assert "fedpeft.cohort.choose: lane fold" in done.stdout
+
+
+def test_a_log_and_metrics_beside_the_screen(files: Path, tmp_path: Path) -> None:
+    [port] = free_ports(1)
+    log, out = tmp_path / "log.jsonl", f"output.folder={tmp_path / 'r'}"
+    own = ["--log", str(log), "--metrics-port", str(port)]
+    done = call(files, "run", out, "baselines=[]", *own)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert "replies, loss" not in done.stdout and "lane fold" not in done.stdout
+    assert re.search(r"^fedavg +2/2 ", done.stdout, re.MULTILINE)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    found = [line["round"] for line in lines if "replies, loss" in line["message"]]
+    assert found == [1, 2]
+    assert "fedpeft.cohort.choose" in {line["logger"] for line in lines}
+    assert not listens(port)
+
+
+def test_a_log_that_cannot_be_written(files: Path, tmp_path: Path) -> None:
+    log = tmp_path / "missing" / "log.jsonl"
+    done = call(files, "run", f"output.folder={tmp_path / 'r'}", "--log", str(log))
+    assert done.exit_code == 2 and f"--log={str(log)!r} cannot be written" in done.stderr
+    assert not (tmp_path / "r").exists()
 
 
 def test_check_trains_nothing(files: Path, tmp_path: Path) -> None:

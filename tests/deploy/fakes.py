@@ -31,12 +31,19 @@ def flwr(arguments: list[str]) -> None:
     elif arguments[0] == "list":
         status = os.environ.get("FAKE_STATUS", "finished:completed")
         traffic = {"inbound-bytes": 5, "outbound-bytes": 7}
-        run = {"status": status, "status-details": "why", "elapsed": 1.5}
+        run = {"run-id": "17", "status": status, "status-details": "why", "elapsed": 1.5}
         print(json.dumps({"success": True, "runs": [{**run, "network-traffic": traffic}]}))
     elif arguments[0] == os.environ.get("FAKE_REFUSED"):
         sys.exit("no such thing")
     else:
         print(json.dumps({"success": True, "run-id": "17"}))
+
+
+def nodes() -> None:
+    """FAKE_NODES: the answer, as JSON; without it the server is silent."""
+    if "FAKE_NODES" not in os.environ:
+        sys.exit("nobody is there")
+    print(json.dumps({"success": True, "nodes": json.loads(os.environ["FAKE_NODES"])}))
 
 
 if __name__ == "__main__":
@@ -45,5 +52,7 @@ if __name__ == "__main__":
         flwr(rest)
     elif program == "flower-superlink":
         superlink(rest)
+    elif program == "fedpeft.flower.nodes":
+        nodes()
     else:
         supernode()
