@@ -5,8 +5,8 @@ with every request; the process keeps what it prepared from the last one, so tha
 simulation an actor loads model and data once. The node's configuration names its client by
 ``client``, or by ``partition-id``, its place among the sorted client names.
 
-Private memory (``Strategy.remembers``) stays on the node, in Flower's context. Of an error, nothing
-but the type leaves the node unless fedpeft wrote the message; the traceback is in the node's log.
+Private memory (``Strategy.remembers``) stays on the node, in Flower's context. Of an error, what
+leaves the node is what ``redact`` lets through; the whole of it is in the node's log.
 
 ``app`` is for real nodes, whose operators' rules and keys it goes by (``node``, ``identity``);
 ``simulated`` is for simulations, which have none. Under secure aggregation a client answers to
@@ -27,7 +27,7 @@ from flwr.common.constant import ErrorCode
 
 from fedpeft import errors
 from fedpeft.config import Engine
-from fedpeft.config_load import parse_recipe
+from fedpeft.config_remote import parse_remote
 from fedpeft.errors import FedpeftError, PayloadError
 from fedpeft.federation import Failure
 from fedpeft.flower.node import Node, charged, check_rules
@@ -35,13 +35,13 @@ from fedpeft.flower.records import Header, decode, decode_tree, encode, encode_t
 from fedpeft.flower.secure_client import answer_stage
 from fedpeft.message import PAYLOAD
 from fedpeft.prepare import Prepared, prepare
+from fedpeft.redact import public, public_reason
 from fedpeft.strategy import Message, Messages
 from fedpeft.tree import Tree, finite_rows, row
 
 log = logging.getLogger(__name__)
 
 _MEMORY = "memory."
-_OWN_ERRORS = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
 
 Work = Callable[[Prepared, Messages, Header, Node], Message]
 
@@ -83,7 +83,8 @@ def _answer(
     """The reply of ``work``, or an error for this client alone."""
     try:
         request, header = decode(message.content)
-        prepared = _prepared(header.recipe)
+        own_strategies = str(context.node_config.get("strategies", "")).split(",")
+        prepared = _prepared(header.recipe, None if is_simulated else frozenset(own_strategies))
         client = client_of(context.node_config, prepared.problem.clients)
         own = _own_header(prepared, client, header)
         _check(header, own)
@@ -98,13 +99,13 @@ def _answer(
 
 
 @functools.lru_cache(maxsize=1)
-def _prepared(recipe: str) -> Prepared:
-    """What a recipe (YAML) prepares, kept for the next request.
+def _prepared(recipe: str, strategies: frozenset[str] | None) -> Prepared:
+    """What a recipe (YAML) prepares, kept for the next request; strategies: as in parse_remote.
 
     How to compute is the node's own affair: one client at a time, on the threads that the process
     was given (an actor of the simulation: its share of the cores), on its own CUDA device.
     """
-    found = parse_recipe(recipe, "the recipe in the request")
+    found = parse_remote(recipe, "the recipe in the request", strategies)
     device = found.engine.device.split(":")[0]
     found = replace(found, data=replace(found.data, public=None))  # the server's own
     return prepare(replace(found, engine=Engine(kind="sequential", chunk=1, device=device)))
@@ -132,18 +133,9 @@ def client_of(node_config: Mapping[str, object], clients: Sequence[str]) -> str:
     return clients[int(place)]
 
 
-def public_reason(text: str) -> str:
-    """Of ``Type: message``, what may leave the node: the message only of fedpeft's own errors."""
-    kind = text.partition(": ")[0]
-    return text if kind in _OWN_ERRORS else f"{kind} (the traceback is in the node's log)"
-
-
 def _reason(error: Exception) -> str:
     """Of an error, what may leave the node."""
-    if isinstance(error, _ClientError):
-        return str(error)
-    text = f"{type(error).__name__}: {error}"
-    return text if isinstance(error, FedpeftError) else public_reason(text)
+    return str(error) if isinstance(error, _ClientError) else public(error)
 
 
 def _own_header(prepared: Prepared, client: str, asked: Header) -> Header:
