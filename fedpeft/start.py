@@ -108,12 +108,12 @@ def _check_config(theirs: Mapping[str, Any], ours: Mapping[str, Any], folder: st
 
 
 def _plain(value: Any) -> Any:
-    """A configuration as JSON has it, with lists of names in order."""
+    """A configuration as JSON has it, with lists of names as the sets that they are."""
     if isinstance(value, Mapping):
         return {str(key): _plain(below) for key, below in value.items()}
     if isinstance(value, set | list | tuple):
         items = [_plain(below) for below in value]
-        return sorted(items) if all(isinstance(item, str) for item in items) else items
+        return sorted(set(items)) if all(isinstance(item, str) for item in items) else items
     return json.loads(json.dumps(value, default=str))
 
 

@@ -48,7 +48,7 @@ def test_what_was_saved_is_where_training_goes_on(folder: Path) -> None:
 def test_plain_peft_loads_a_sealed_folder_and_we_one_of_peft(folder: Path, tmp_path: Path) -> None:
     loaded = peft.PeftModel.from_pretrained(tiny_model(), str(folder))
     (tmp_path / "theirs").mkdir()
-    loaded.save_pretrained(str(tmp_path / "theirs"))
+    loaded.save_pretrained(str(tmp_path / "theirs"), save_embedding_layers=False)
     assert not (tmp_path / "theirs" / MANIFEST).exists()
     ours = begin(folder).initial
     assert all(torch.equal(v, ours[n]) for n, v in begin(tmp_path / "theirs").initial.items())
