@@ -59,8 +59,9 @@ def serve(recipe: Recipe, grid: InProcess, folder: Path) -> Path:
         "recipe": str(server / "recipe.yaml"),
         "join-timeout": 0.05,
         "reply-timeout": 5.0,
-        "identities": "",
+        "identities": str(server / "all.json"),
     }
+    (server / "all.json").write_text(json.dumps({f"c{k}": f"{k}" * 64 for k in range(4)}))
     main(grid, Context(1, 0, {}, RecordDict(), config))
     return server
 
