@@ -196,7 +196,7 @@ def _check_version(theirs: object) -> None:
     """
     if not isinstance(theirs, str) or not _VERSION.fullmatch(theirs):
         raise ReplyError(f"header field 'version' is {str(theirs)[:40]!r}, no version of fedpeft")
-    own, other = ([int(n) for n in v.split(".")[:2]] for v in (__version__, theirs))
+    own, other = ([int(n) for n in _FIRST.findall(v)[:2]] for v in (__version__, theirs))
     if own[0] == other[0] and (own[0] > 0 or own[1] == other[1]):
         return
     newer = "newer" if other > own else "older"
@@ -206,6 +206,7 @@ def _check_version(theirs: object) -> None:
     )
 
 
+_FIRST = re.compile(r"\d+", re.ASCII)
 _VERSION = re.compile(
     r"\d{1,4}\.\d{1,4}(?:\.\d{1,4})?(?:[A-Za-z.+-][A-Za-z0-9.+-]{0,40})?", re.ASCII
 )
