@@ -1,4 +1,4 @@
-"""``manifest.json`` of a folder of weights: SHA-256 and size of every file beside it.
+"""``fedpeft-manifest.json`` of a folder of weights: SHA-256 and size of every file beside it.
 
 ``seal`` writes it, ``verify`` holds the folder to it, and ``read_file`` gives the bytes of one file
 as they were verified, so that nothing can be exchanged in between. A folder without a manifest is
@@ -17,7 +17,7 @@ from typing import Any
 
 from fedpeft.errors import FedpeftError
 
-MANIFEST = "manifest.json"
+MANIFEST = "fedpeft-manifest.json"
 VERSION = 1
 MAX_JSON = 4 * 2**20
 """Bytes of a JSON file that is read whole."""

@@ -324,8 +324,8 @@ def build_network(
 def save_adapter(network: Network, values: Tree, folder: Path, base_name: str) -> None:
     """Writes a complete adapter in the format that ``peft.PeftModel.from_pretrained`` loads.
 
-    Beside peft's files ``fedpeft.json`` names the base model's digest and ``manifest.json`` the
-    SHA-256 of every file. Where peft's file is not enough to go on training from, the trainable
+    Beside peft's files ``fedpeft.json`` names the base model's digest, ``fedpeft-manifest.json``
+    the SHA-256 of every file. Where peft's file is not enough to go on training from, the trainable
     tensors lie in ``trainable.safetensors``; where peft would load another model than this, a
     warning says so. Without an adapter it is the model.
     """

@@ -71,13 +71,13 @@ SEALED: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped note": (lambda f: flip(f / "fedpeft.json", 3), "'fedpeft.json' was changed"),
     "truncated": (lambda f: os.truncate(f / WEIGHTS, 90), "safetensors' has 90 bytes, not"),
     "extra file": (lambda f: (f / "adapter_model.bin").touch(), "'adapter_model.bin' is not in"),
-    "newline": (lambda f: (f / "a\nb").touch(), "'a\\nb' is not in manifest.json"),
-    "folder": (lambda f: (f / "sub").mkdir(), "'sub' is not in manifest.json"),
+    "newline": (lambda f: (f / "a\nb").touch(), "'a\\nb' is not in fedpeft-manifest.json"),
+    "folder": (lambda f: (f / "sub").mkdir(), "'sub' is not in fedpeft-manifest.json"),
     "missing file": (lambda f: (f / WEIGHTS).unlink(), "safetensors' is missing"),
     "link": (lambda f: relink(f / WEIGHTS), "safetensors' is a link"),
-    "linked manifest": (lambda f: relink(f / MANIFEST), "'manifest.json' is a link"),
-    "no manifest": (lambda f: (f / MANIFEST).write_text("{"), "'manifest.json' is no JSON"),
-    "deep": (lambda f: (f / MANIFEST).write_text("[" * 9**6), "'manifest.json' is no JSON"),
+    "linked manifest": (lambda f: relink(f / MANIFEST), "'fedpeft-manifest.json' is a link"),
+    "no manifest": (lambda f: (f / MANIFEST).write_text("{"), "'fedpeft-manifest.json' is no JSON"),
+    "deep": (lambda f: (f / MANIFEST).write_text("[" * 9**6), "'fedpeft-manifest.json' is no JSON"),
     "version": (lambda f: (f / MANIFEST).write_text('{"version": 9}'), "has version 9"),
 }
 
@@ -190,6 +190,23 @@ def test_a_recipe_asks_for_no_regular_expression_and_no_import(
 ) -> None:
     with pytest.raises(FedpeftError, match=why):
         adapter_config({**LORA, **changed}, "classification")
+
+
+@pytest.mark.parametrize("name", ["../evil", "/abs/x", "a/b", "a\nb", "", "a.b"])
+def test_names_of_experts_make_no_paths(name: str) -> None:
+    with pytest.raises(FedpeftError, match="a name is 1 to 64 letters"):
+        adapter_config({"kind": "xlora", "adapters": {name: "x"}}, "classification")
+
+
+def test_an_experts_own_configuration_is_checked(folder: Path) -> None:
+    settings = {"kind": "xlora", "hidden_size": 16, "adapters": {"one": str(folder)}}
+    adapter_config(settings, "classification")
+    config(target_modules=EVIL)(folder)
+    with pytest.raises(FedpeftError, match="adapter.adapters.one.*bytes, not"):
+        adapter_config(settings, "classification")
+    (folder / MANIFEST).unlink()
+    with pytest.raises(FedpeftError, match="adapter.adapters.one.target_modules.*regular"):
+        adapter_config(settings, "classification")
 
 
 def test_names_of_modules_and_all_linear_are_taken() -> None:

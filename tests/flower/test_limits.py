@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.errors import ReplyError
+from fedpeft.config import Recipe
+from fedpeft.errors import FedpeftError, ReplyError
 from fedpeft.flower import records
+from fedpeft.flower.federation import FlowerFederation, Patience
 from fedpeft.flower.records import BF16, NPY, Header, decode, encode
 from fedpeft.strategy import Message
+from tests.flower.nodes import InProcess
 
 
 def content(trees: int = 1) -> RecordDict:
@@ -77,6 +81,26 @@ def test_shapes_that_cannot_be_are_refused_before_anything_is_made(shape: str) -
     sent["tree.t0"] = ArrayRecord({"w": Array("float32", said, NPY, npy(shape))})
     with pytest.raises(ReplyError, match="bytes of data for shape"):
         decode(sent)
+
+
+HOSTILE = {
+    "strategy: {name: antigravity}": "strategy.name='antigravity' does not ship with fedpeft",
+    "name: ${oc.env:HF_TOKEN}": "are not allowed in a recipe",
+    "a: &a [1]\nb: *a": "anchors and aliases",
+    "model: {name: x, trust_remote_code: true}": "unknown key 'model.trust_remote_code'",
+}
+
+
+@pytest.mark.usefixtures("flower_task")
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_real_node_refuses_a_hostile_recipe(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_Qcanary")
+    grid = InProcess({1: {"client": "c0"}})
+    federation = FlowerFederation(grid, Recipe(), nodes=1, patience=Patience(join=0.05))
+    federation._recipe = text
+    with pytest.raises(FedpeftError, match=HOSTILE[text]) as caught:
+        federation.clients()
+    assert "Qcanary" not in str(caught.value) and "antigravity" not in sys.modules
 
 
 SAVED = io.BytesIO()
