@@ -8,13 +8,17 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	if $$p -c '$(FITS)' 2>/dev/null; then echo $$p; break; fi; done)
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart test slow lint types contracts docs check wheel clean
+.PHONY: help quickstart test slow lint types contracts docs check audit sbom vulnerabilities wheel \
+	clean
 
 help:
 	@echo 'make quickstart   install, then run the first federation and print its table'
 	@echo 'make test         install, then run the test suite'
 	@echo 'make slow         the slow tests'
 	@echo 'make check        lint, types, import contracts, doctests'
+	@echo 'make audit        hold what is installed to the pins; no network'
+	@echo 'make sbom         write the bill of materials (CycloneDX) into dist/'
+	@echo 'make vulnerabilities   ask an advisory database about the pins; needs a network'
 	@echo 'make wheel        build into dist/ and check the wheel in a clean environment'
 	@echo 'make clean        remove .venv, caches and build products (runs/ stays)'
 
@@ -41,6 +45,19 @@ docs: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --doctest-modules fedpeft
 
 check: lint types contracts docs
+
+audit: $(VENV)/.installed-dev
+	$(BIN)/python .ci/dependencies.py audit
+
+sbom: $(VENV)/.installed-dev
+	$(BIN)/python .ci/dependencies.py sbom dist
+
+# In an environment of its own, as pip-audit is no dependency of fedpeft's. A package that the database
+# does not know is a failure too (--strict).
+vulnerabilities:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install -qq --disable-pip-version-check pip-audit
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python .ci/check_wheel.py dist

@@ -67,7 +67,7 @@ def parse_recipe(
 
     folder: where relative paths in the text start from; without one they stay as they are.
     """
-    written = _yaml(text, origin)
+    written = plain_yaml(text, origin)
     _check_layer(written, origin)
     if folder is not None:
         written = _resolve(written, folder)
@@ -168,7 +168,7 @@ def _read_builtin(name: str) -> str:
     return (resources.files("fedpeft") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def _yaml(text: str, origin: str) -> Layer:
+def plain_yaml(text: str, origin: str) -> Layer:
     """A YAML mapping as plain values; duplicate keys and interpolations are refused."""
     try:
         found = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
@@ -178,7 +178,7 @@ def _yaml(text: str, origin: str) -> Layer:
         raise FedpeftError(f"{origin}{line}: not valid YAML: {error.problem}") from None
     except GrammarParseError as error:
         raise FedpeftError(f"{origin}: {_no_interpolation(str(error.full_key))}") from None
-    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         reason = str(error).split("\n")[0]
         raise FedpeftError(f"{origin}: not a recipe: {reason}") from None
     if not isinstance(found, dict):
@@ -200,7 +200,7 @@ def parse_override(override: str) -> Layer:
         raise FedpeftError(f"{origin} has no value; write {key}=null for none")
     value: Any = text.strip()
     if not _is_text(_hint(key)) or text.strip() in ("null", "~") or text.strip()[0] in "'\"":
-        value = _yaml(f"value: {text}", origin)["value"]
+        value = plain_yaml(f"value: {text}", origin)["value"]
     for part in reversed(key.split(".")):
         value = {part: value}
     layer: Layer = value

@@ -22,7 +22,7 @@ import torch
 import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -32,14 +32,12 @@ from fedpeft import quantize, streams, tree, tuners, whole
 from fedpeft.config import Model
 from fedpeft.data.clients import Task
 from fedpeft.errors import FedpeftError, suggest
+from fedpeft.manifest import seal, verify
+from fedpeft.start import NOTE, RAW, load_start
 from fedpeft.tree import Layout, Tree
 
 BUILT_IN = {"classification": "tiny-encoder", "causal_lm": "tiny-decoder"}
 """The folder under ``fedpeft/models`` that ``fedpeft-tiny`` stands for, by task."""
-
-
-RAW = "trainable.safetensors"
-"""Beside peft's file, for kinds whose file is not enough to go on training from."""
 
 
 class MeanPoolClassifier(nn.Module):
@@ -127,6 +125,7 @@ def load_base(
     if model.quantize != "none":
         quantize.check(model, place)
     path, auto = model_path(model, task), _auto_class(task, model.pooling)
+    verify(Path(path), "model.name")
     head = {"num_labels": classes} if task == "classification" and model.pooling != "mean" else {}
     revision = model.revision or "main"
     with torch.random.fork_rng():
@@ -309,7 +308,7 @@ def build_network(
     """The network around a model with an adapter; ``start`` is an adapter folder to begin from."""
     digest = base_digest(model)
     if start is not None:
-        _load_start(model, start, digest)
+        load_start(model, start, digest)
     initial = tree.sort(
         {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
     )
@@ -322,68 +321,13 @@ def build_network(
     return Network(model, task, classes, initial, Layout.of(initial), scaling, digest, device)
 
 
-def _load_start(model: nn.Module, folder: str, digest: str) -> None:
-    path = Path(folder)
-    if not (path / "adapter_config.json").is_file():
-        raise FedpeftError(
-            f"adapter.start={folder!r} holds no adapter_config.json: give a folder written by peft "
-            f"or by a fedpeft run (RUN/adapter)."
-        )
-    note = path / "fedpeft.json"
-    if note.is_file():
-        other = json.loads(note.read_text())["base_digest"]
-        if other != digest:
-            raise FedpeftError(
-                f"adapter.start={folder!r} was trained on another base model (digest {other}, here "
-                f"{digest}): set model.name to the base that the adapter belongs to."
-            )
-    assert isinstance(model, peft.PeftModel)
-    config = model.active_peft_config
-    if tuners.keeps_less(config):
-        _load_raw(model, path / RAW)
-        return
-    weights = peft.load_peft_weights(str(path), device="cpu")
-    try:
-        found: Any = peft.set_peft_model_state_dict(model, weights)
-    except RuntimeError as error:
-        raise FedpeftError(
-            f"adapter.start={folder!r} does not fit this model and adapter: {error}"
-        ) from error
-    known = tuners.PROMPT_KEYS if config.is_prompt_learning else set()
-    unknown = sorted(set(found.unexpected_keys) - known)
-    if unknown:
-        raise FedpeftError(
-            f"adapter.start={folder!r} holds tensors that this model and adapter do not have: "
-            f"{unknown[:3]}. Use the adapter settings it was trained with."
-        )
-
-
-def _load_raw(model: nn.Module, path: Path) -> None:
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not path.is_file():
-        raise FedpeftError(
-            f"adapter.start={str(path.parent)!r} holds no {RAW}: peft's own file of this adapter "
-            f"kind is not enough to go on training. Give the folder of a fedpeft run (RUN/adapter)."
-        )
-    values = load_file(path)
-    try:
-        tree.check_same({name: p.detach() for name, p in own.items()}, values, "model and file")
-    except ValueError as error:
-        raise FedpeftError(
-            f"adapter.start={str(path.parent)!r} does not fit this model and adapter: {error}. Use "
-            f"the adapter settings it was trained with."
-        ) from error
-    with torch.no_grad():
-        for name, value in values.items():
-            own[name].copy_(value)
-
-
 def save_adapter(network: Network, values: Tree, folder: Path, base_name: str) -> None:
     """Writes a complete adapter in the format that ``peft.PeftModel.from_pretrained`` loads.
 
-    Beside peft's files ``fedpeft.json`` names the base model's digest. Where peft's file is not
-    enough to go on training from, the trainable tensors lie in ``trainable.safetensors``; where
-    peft would load another model than this, a warning says so. Without an adapter it is the model.
+    Beside peft's files ``fedpeft.json`` names the base model's digest, ``fedpeft-manifest.json``
+    the SHA-256 of every file. Where peft's file is not enough to go on training from, the trainable
+    tensors lie in ``trainable.safetensors``; where peft would load another model than this, a
+    warning says so. Without an adapter it is the model.
     """
     tree.check_same(network.initial, {n: v.cpu() for n, v in values.items()}, "the adapter")
     network.write(values)
@@ -397,4 +341,5 @@ def save_adapter(network: Network, values: Tree, folder: Path, base_name: str) -
     else:
         whole.save(model, folder)
     note = {"base_digest": network.digest, "base_model": base_name, "task": network.task}
-    (folder / "fedpeft.json").write_text(json.dumps(note, indent=2) + "\n")
+    (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n")
+    seal(folder)

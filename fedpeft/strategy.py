@@ -214,13 +214,19 @@ def addressed(
     return stacks
 
 
+def shipped() -> list[str]:
+    """Names of the strategies that ship with fedpeft; none is imported."""
+    package = importlib.import_module("fedpeft.strategies")
+    return [module.name for module in pkgutil.iter_modules(package.__path__)]
+
+
 def available() -> dict[str, str]:
     """Strategies that ship with fedpeft: name -> first line of the file's docstring."""
-    package, found = importlib.import_module("fedpeft.strategies"), {}
-    for info in pkgutil.iter_modules(package.__path__):
-        if not info.name.startswith("_"):
-            module = importlib.import_module(f"fedpeft.strategies.{info.name}")
-            found[info.name] = (inspect.getdoc(module) or "").split("\n")[0]
+    found = {}
+    for name in shipped():
+        if not name.startswith("_"):
+            module = importlib.import_module(f"fedpeft.strategies.{name}")
+            found[name] = (inspect.getdoc(module) or "").split("\n")[0]
     return found
 
 
@@ -229,12 +235,11 @@ def load(name: str) -> type[Strategy[Any]]:
 
     The module must define exactly one ``Strategy``. Raises FedpeftError that lists what exists.
     """
-    package = importlib.import_module("fedpeft.strategies")
-    known = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    shipped, plain = name in known, "." not in name
-    if plain and not shipped and not (name.isidentifier() and importlib.util.find_spec(name)):
+    known = shipped()
+    ours, plain = name in known, "." not in name
+    if plain and not ours and not (name.isidentifier() and importlib.util.find_spec(name)):
         raise FedpeftError(f"strategy.name={name!r} does not exist. {suggest(name, known)}")
-    path = f"fedpeft.strategies.{name}" if shipped else name
+    path = f"fedpeft.strategies.{name}" if ours else name
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
@@ -303,5 +308,6 @@ __all__ = [
     "gather",
     "group_by",
     "load",
+    "shipped",
     "weighted_mean",
 ]

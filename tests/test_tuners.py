@@ -83,6 +83,9 @@ def test_a_start_that_pefts_file_cannot_give(name: str, tmp_path: Path) -> None:
     ):
         begin(encoder_hidden_size=8)
     raw.unlink()
+    with pytest.raises(FedpeftError, match=r"adapter\.start=.*'trainable.safetensors' is missing"):
+        begin()
+    (tmp_path / "fedpeft-manifest.json").unlink()
     with pytest.raises(FedpeftError, match=r"adapter\.start=.*holds no trainable\.safetensors"):
         begin()
 

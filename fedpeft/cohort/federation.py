@@ -32,6 +32,7 @@ from fedpeft.metrics import Score
 from fedpeft.model import Network, set_mode
 from fedpeft.postprocess import NOTHING, Postprocessor
 from fedpeft.privacy.record_level import RecordLevel
+from fedpeft.redact import redact
 from fedpeft.strategy import Messages, Strategy
 from fedpeft.tree import Tree, broadcast
 
@@ -176,7 +177,7 @@ class CohortFederation:
         except Exception as error:
             if out_of_memory(error):
                 self._halve()
-            name, reason = cohort.clients[0], f"{type(error).__name__}: {error}"
+            name, reason = cohort.clients[0], redact(f"{type(error).__name__}: {error}")
             if len(cohort) == 1:
                 log.warning("client %s failed in round %d", name, round, exc_info=error)
         else:

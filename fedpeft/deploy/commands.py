@@ -1,4 +1,4 @@
-"""The command lines of Flower's programs, the same in README, units, containers and on loopback.
+"""The command lines of a deployment, the same in README, units, containers and on loopback.
 
 Paths in them are relative: the server's to ``server/``, a site's to its own folder, in which they
 are started. Flower's own child processes are started there too.
@@ -29,6 +29,10 @@ ENVIRONMENT = {
 """No word to the outside, and no installation of packages at the start of a run."""
 
 
+SUPERNODE = ("python3", "-P", "-m", "fedpeft.flower.supernode")
+"""In the place of ``flower-supernode``, with its options."""
+
+
 def superlink(host: str, port: int) -> list[str]:
     """The server, for any address of ``host``, with TLS and node authentication."""
     return [
@@ -40,9 +44,13 @@ def superlink(host: str, port: int) -> list[str]:
 
 
 def supernode(deployment: Deployment, site: str, server: str, port: int) -> list[str]:
-    """A site. server: ``host:port``. port: on loopback, for its own processes."""
+    """A site, which runs no app but fedpeft's (``flower.supernode``).
+
+    server: ``host:port``. port: on loopback, for its own processes.
+    """
     return [
-        *("flower-supernode", "--superlink", server, "--root-certificates", "ca.crt"),
+        *SUPERNODE,
+        *("--superlink", server, "--root-certificates", "ca.crt"),
         *("--auth-supernode-private-key", "node.key", "--port", str(port)),
         *("--node-config", node_config(deployment, site)),
     ]

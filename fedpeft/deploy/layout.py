@@ -29,6 +29,7 @@ CA, SERVER, SITES = "ca", "server", "sites"
 HOME = "/var/lib/fedpeft"
 """Where README and units expect ``server/``, ``site/`` and ``venv/`` on the machines."""
 
+_FAULTS = (OSError, ValueError, TypeError, KeyError, AttributeError)
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
 
@@ -106,12 +107,14 @@ def read(folder: Path) -> Deployment:
         if note.pop("format") != FORMAT:
             raise ValueError(f"it must be of format {FORMAT}")
         found = Deployment(**{**note, "sites": check_sites(note["sites"])})
+        if not (isinstance(found.secure, bool) and isinstance(found.ledgers, bool)):
+            raise ValueError("secure and ledgers must be true or false")
         parse_address(found.server)
     except FileNotFoundError:
         raise FedpeftError(
             f"DIR={str(folder)!r} has no {NOTE}: name a folder that `fedpeft deploy init` wrote."
         ) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (*_FAULTS, RecursionError) as error:
         raise FedpeftError(
             f"{folder / NOTE} cannot be used: {error}. Write the folder again with "
             f"`fedpeft deploy init`."

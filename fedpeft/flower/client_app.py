@@ -5,9 +5,9 @@ with every request; the process keeps what it prepared from the last one, so tha
 simulation an actor loads model and data once. The node's configuration names its client by
 ``client``, or by ``partition-id``, its place among the sorted client names.
 
-Private memory (``Strategy.remembers``) stays on the node (``keep``). Of an error, nothing but the
-type leaves the node unless fedpeft wrote the message; the traceback is in the node's log, which is
-a file of JSON lines (``fedpeft.logs``) where the node's configuration has ``log=FILE``.
+Private memory (``Strategy.remembers``) stays on the node (``keep``). Of an error, what leaves the
+node is what ``redact`` lets through; the whole of it is in the node's log, which is a file of JSON
+lines (``fedpeft.logs``) where the node's configuration has ``log=FILE``.
 
 ``app`` is for real nodes, whose operators' rules and keys it goes by (``node``, ``identity``);
 ``simulated`` is for simulations, which have none. Under secure aggregation a client answers to
@@ -30,18 +30,19 @@ from flwr.common.constant import ErrorCode
 
 from fedpeft import errors, logs
 from fedpeft.config import Engine, Recipe
-from fedpeft.config_load import parse_recipe
+from fedpeft.config_remote import parse_remote
 from fedpeft.errors import FedpeftError, PayloadError
 from fedpeft.federation import Failure
 from fedpeft.flower.keep import Memory, memory_of
 from fedpeft.flower.node import Node, charged, check_rules, check_scores, policy_of
-from fedpeft.flower.reasons import ClientError, public_reason, reason
+from fedpeft.flower.reasons import ClientError, reason
 from fedpeft.flower.records import Header, decode, encode
 from fedpeft.flower.secure_client import answer_stage
 from fedpeft.message import PAYLOAD
 from fedpeft.prepare import Prepared, prepare
 from fedpeft.privacy.accountants import epsilon_of
 from fedpeft.privacy.events import history
+from fedpeft.redact import public_reason
 from fedpeft.site.policy import Policy
 from fedpeft.site.rules import check_model, check_promise, check_recipe, check_text
 from fedpeft.strategy import Message, Messages
@@ -113,11 +114,11 @@ def answer(kind: str, content: RecordDict, node: Node) -> RecordDict:
     request, header = decode(content)
     logs.bind(header.run or None, header.round or None)
     policy = policy_of(node)
-    prepared = allowed(header.recipe, policy)
+    prepared = allowed(header.recipe, node, policy)
     client = client_of(node.config, prepared.problem.clients)
     logs.bind(client=client)
     if policy is not None and policy.max_epsilon is not None:
-        check_promise(policy, _promised(header.recipe, client))
+        check_promise(policy, _promised(header.recipe, client, _listed(node, policy)))
     own = _own_header(prepared, client, header)
     _check(header, own)
     with memory_of(node, own, trains=work is not _evaluate) as memory:
@@ -129,22 +130,32 @@ def answer(kind: str, content: RecordDict, node: Node) -> RecordDict:
     return found
 
 
-def allowed(recipe: str, policy: Policy | None) -> Prepared:
+def allowed(recipe: str, node: Node, policy: Policy | None) -> Prepared:
     """What a recipe prepares, where the policy allows it: nothing is loaded for one it does not."""
+    listed = _listed(node, policy)
     if policy is not None:
+        own = _parsed(recipe, listed)
         check_text(policy, recipe)
-        check_recipe(policy, _parsed(recipe))
-    prepared = _prepared(recipe)
+        check_recipe(policy, own)
+    prepared = _prepared(recipe, listed)
     if policy is not None:
         clients = len(prepared.problem.clients)
         check_model(policy, prepared.recipe, prepared.network.digest, clients)
     return prepared
 
 
+def _listed(node: Node, policy: Policy | None) -> frozenset[str] | None:
+    """Strategies that the operator lets a recipe name beside those that ship; None for any."""
+    if node.simulated:
+        return None
+    named = str(node.config.get("strategies", "")).split(",")
+    return frozenset([*named, *((policy.strategies or ()) if policy is not None else ())])
+
+
 @functools.lru_cache(maxsize=1)
-def _promised(recipe: str, client: str) -> float:
+def _promised(recipe: str, client: str, strategies: frozenset[str] | None) -> float:
     """The epsilon, at the recipe's delta, of the whole run for this client; infinite for none."""
-    prepared = _prepared(recipe)
+    prepared = _prepared(recipe, strategies)
     terms = prepared.terms
     if terms is None:
         return math.inf
@@ -153,8 +164,8 @@ def _promised(recipe: str, client: str) -> float:
 
 
 @functools.lru_cache(maxsize=1)
-def _parsed(recipe: str) -> Recipe:
-    return parse_recipe(recipe, "the recipe in the request")
+def _parsed(recipe: str, strategies: frozenset[str] | None) -> Recipe:
+    return parse_remote(recipe, "the recipe in the request", strategies)
 
 
 @functools.cache
@@ -165,13 +176,13 @@ def log_to(path: object) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _prepared(recipe: str) -> Prepared:
-    """What a recipe (YAML) prepares, kept for the next request.
+def _prepared(recipe: str, strategies: frozenset[str] | None) -> Prepared:
+    """What a recipe (YAML) prepares, kept for the next request; strategies: as in parse_remote.
 
     How to compute is the node's own affair: one client at a time, on the threads that the process
     was given (an actor of the simulation: its share of the cores), on its own CUDA device.
     """
-    found = _parsed(recipe)
+    found = _parsed(recipe, strategies)
     device = found.engine.device.split(":")[0]
     found = replace(found, data=replace(found.data, public=None))  # the server's own
     return prepare(replace(found, engine=Engine(kind="sequential", chunk=1, device=device)))

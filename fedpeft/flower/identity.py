@@ -90,7 +90,7 @@ def read_identities(path: Path) -> dict[str, bytes]:
     """All clients' public keys by name. Raises FedpeftError where the file is no such list."""
     try:
         listed = json.loads(_read(path, "identities"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FedpeftError(f"identities={str(path)!r} is no JSON: {error}") from error
     if not isinstance(listed, dict):
         raise FedpeftError(f"identities={str(path)!r} must be an object: client -> public key.")

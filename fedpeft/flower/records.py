@@ -37,6 +37,17 @@ NPY = "numpy.ndarray"
 BF16 = "fedpeft.bfloat16"
 """Serialisation type of bfloat16."""
 
+MAX_BYTES = 2**34
+"""Bytes of one message's tensors and blobs; a receiver that knows what it expects takes less."""
+
+MAX_RECORDS, MAX_ENTRIES, MAX_NAME = 64, 100_000, 512
+"""How many records a message has, entries a record, and characters a name."""
+
+MAX_DIMENSIONS = 16
+
+MAX_TEXT = 64 * 1024
+"""Characters of a header's field: of the recipe's."""
+
 _TREE = "tree."
 _FLOATS = ["float64", "float32", "float16"]
 _NUMPY_TYPES = [*_FLOATS, "int64", "int32", "int16", "int8", "uint8", "bool"]
@@ -85,8 +96,13 @@ def encode_stack(messages: Messages, headers: Sequence[Header]) -> list[RecordDi
     return found
 
 
-def decode(content: RecordDict) -> tuple[Message, Header]:
-    """The message and its header. Raises ReplyError that names the first field that is wrong."""
+def decode(content: RecordDict, limit: int = MAX_BYTES) -> tuple[Message, Header]:
+    """The message and its header. Raises ReplyError that names the first field that is wrong.
+
+    limit: bytes that its tensors and blobs may have together. That, the number of entries and the
+    length of names are known before anything is read, or allocated by what is declared.
+    """
+    _check_sizes(content, limit)
     found: dict[str, Tree] = {}
     for key, record in content.items():
         if key.startswith(_TREE) and isinstance(record, ArrayRecord):
@@ -109,6 +125,34 @@ def decode(content: RecordDict) -> tuple[Message, Header]:
         payloads[name] = value
     assert isinstance(header, ConfigRecord)
     return Message(found, numbers, payloads), _decode_header(header)
+
+
+def _check_sizes(content: RecordDict, limit: int) -> None:
+    """Raises ReplyError for a message that is larger than any that fedpeft sends."""
+    if len(content) > MAX_RECORDS:
+        raise ReplyError(f"{len(content)} records, and at most {MAX_RECORDS} are allowed")
+    size = 0
+    for key, record in content.items():
+        if len(record) > MAX_ENTRIES:
+            raise ReplyError(
+                f"record {key[:40]!r} has {len(record)} entries, and at most {MAX_ENTRIES} are "
+                f"allowed"
+            )
+        for name in (key, *record):
+            if len(name) > MAX_NAME or not name.isprintable():
+                raise ReplyError(
+                    f"a name of {len(name)} characters, {name[:40]!r}: names are printable and "
+                    f"have at most {MAX_NAME}"
+                )
+        size += sum(_bytes(value) for value in record.values())
+        if size > limit:
+            raise ReplyError(f"more than {limit} bytes of tensors and blobs: none is read")
+
+
+def _bytes(value: object) -> int:
+    if isinstance(value, Array):
+        return len(value.data)
+    return len(value) if isinstance(value, bytes | str | list) else 8
 
 
 _OTHERS = (("scalars", MetricRecord), ("blobs", ConfigRecord), ("header", ConfigRecord))
@@ -140,6 +184,8 @@ def _decode_header(record: ConfigRecord) -> Header:
             value = type(record[name]).__name__ if name in record else "missing"
             wanted = known[name].__name__ if name in known else "unknown"
             raise ReplyError(f"header field {name!r} is {value}, should be {wanted}")
+        if len(str(record[name])) > (MAX_TEXT if name == "recipe" else MAX_NAME):
+            raise ReplyError(f"header field {name!r} is too long")
     return Header(**dict(record))  # type: ignore[arg-type]  # types were just checked
 
 
@@ -150,7 +196,7 @@ def _check_version(theirs: object) -> None:
     """
     if not isinstance(theirs, str) or not _VERSION.fullmatch(theirs):
         raise ReplyError(f"header field 'version' is {str(theirs)[:40]!r}, no version of fedpeft")
-    own, other = ([int(n) for n in v.split(".")[:2]] for v in (__version__, theirs))
+    own, other = ([int(n) for n in _FIRST.findall(v)[:2]] for v in (__version__, theirs))
     if own[0] == other[0] and (own[0] > 0 or own[1] == other[1]):
         return
     newer = "newer" if other > own else "older"
@@ -160,6 +206,7 @@ def _check_version(theirs: object) -> None:
     )
 
 
+_FIRST = re.compile(r"\d+", re.ASCII)
 _VERSION = re.compile(
     r"\d{1,4}\.\d{1,4}(?:\.\d{1,4})?(?:[A-Za-z.+-][A-Za-z0-9.+-]{0,40})?", re.ASCII
 )
@@ -193,7 +240,8 @@ def _decode_tensor(array: Array, field: str) -> Tensor:
     if said != held:
         raise ReplyError(f"{field}: announced as {said}, holds {held}")
     left = len(array.data) - stream.tell()
-    if min(shape, default=0) < 0 or left != math.prod(shape) * dtype.itemsize:
+    whole = len(shape) <= MAX_DIMENSIONS and all(0 <= n < 2**48 for n in shape)
+    if not whole or left != math.prod(shape) * dtype.itemsize:
         raise ReplyError(f"{field}: {left} bytes of data for shape {shape} of {dtype}")
     raw = np.frombuffer(array.data, dtype=dtype, offset=stream.tell())
     values = raw.reshape(shape, order="F" if fortran else "C").astype(dtype.newbyteorder("="))

@@ -71,7 +71,7 @@ def introduction(config: Config, recipe: Recipe) -> Introduction:
     message, header = decode(
         answer(MessageType.QUERY, encode(Message(), Header(recipe=text)), node)
     )
-    check_rules(node, allowed(text, None), secure=recipe.secure_aggregation.enabled)
+    check_rules(node, allowed(text, node, None), secure=recipe.secure_aggregation.enabled)
     return Introduction(header.client, int(message.scalars["examples"]), header.base)
 
 

@@ -154,7 +154,7 @@ class Chain:
             )
         try:
             fields: dict[str, Any] = json.loads(body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FedpeftError(f"{at} is not JSON: {error}. Restore the file.") from error
         del fields["previous"]
         if number == 1 and fields != self._header:

@@ -41,6 +41,8 @@ VERSION = 2
 SHARD = 32 * 2**20
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"round-(\d{6,})(?:\.(\d+))?")
+_FILE = re.compile(r"tensors-\d{4,}\.safetensors", re.ASCII)
+_STRANGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
 _HIDDEN = ".writing-"
 
 
@@ -159,8 +161,19 @@ def _dump(content: object) -> bytes:
 
 def _read(path: Path, state: type[S]) -> Checkpoint[S]:
     content = _read_manifest(path)
+    try:
+        return _unpacked(path, content, state)
+    except FedpeftError:
+        raise
+    except _STRANGE as error:
+        raise CheckpointError(f"{_MANIFEST} describes no checkpoint: {error!r:.80}") from None
+
+
+def _unpacked(path: Path, content: dict[str, Any], state: type[S]) -> Checkpoint[S]:
     tensors: dict[str, Tensor] = {}
     for name, expected in content["files"].items():
+        if not _FILE.fullmatch(name):
+            raise CheckpointError(f"{name[:40]!r} is no file of a checkpoint")
         data = _bytes(path / name)
         if len(data) != expected["bytes"]:
             raise CheckpointError(f"{name} has {len(data)} of {expected['bytes']} bytes")
@@ -184,13 +197,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         document = json.loads(data)
         content: dict[str, Any] = document["content"]
         digest = hashlib.sha256(_dump(content)).hexdigest()
-    except (ValueError, KeyError, TypeError) as error:
+    except _STRANGE as error:
         raise CheckpointError(f"{_MANIFEST} is corrupt: {error!r:.80}") from None
     if data != _dump({"sha256": digest, "content": content}):
         raise CheckpointError(f"{_MANIFEST} is corrupt: its SHA-256 is not its own")
-    if content["version"] != VERSION:
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        version = content.get("version") if isinstance(content, dict) else None
         raise CheckpointError(
-            f"has format {content['version']!r}, this fedpeft reads format {VERSION}: use the "
+            f"has format {version!r}, this fedpeft reads format {VERSION}: use the "
             "fedpeft that wrote it"
         )
     return content

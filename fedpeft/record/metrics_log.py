@@ -122,7 +122,7 @@ class MetricsLog:
 def _problem(line: bytes) -> str | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "is not JSON: this is not a metrics.jsonl of fedpeft, or it is damaged"
     if not isinstance(record, dict) or "schema" not in record:
         return "has no schema number: this is not a metrics.jsonl of fedpeft"
@@ -131,13 +131,15 @@ def _problem(line: bytes) -> str | None:
             f"has schema {record['schema']!r}, this fedpeft reads schema {SCHEMA}; read it with "
             "the fedpeft that wrote it"
         )
-    return _fault(record.get("kind"), record.get("round"), record)
+    if "round" not in record:
+        return "has no round"
+    return _fault(record.get("kind"), record["round"], record)
 
 
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

@@ -30,6 +30,7 @@ from fedpeft.cli.app import app
 from fedpeft.config import Output
 from fedpeft.config_load import dump_recipe, load_recipe
 from fedpeft.deploy import layout
+from fedpeft.deploy.commands import SUPERNODE
 from fedpeft.deploy.create import init
 from fedpeft.errors import FedpeftError
 from fedpeft.flower.identity import own_keyring, read_identities, read_secret
@@ -176,8 +177,9 @@ def test_the_units_are_commands_that_flower_takes(
         _, words = unit(own / "fedpeft-site.service")
         assert words == ["/var/lib/fedpeft/venv/bin/fedpeft", "site", "."]
         _, [program, *words] = unit(own / "fedpeft-node.service")
-        assert program == "/var/lib/fedpeft/venv/bin/flower-supernode"
-        args = _parse_args_run_supernode().parse_args(words)
+        assert program == "/var/lib/fedpeft/venv/bin/python3"
+        assert words[:3] == list(SUPERNODE[1:])
+        args = _parse_args_run_supernode().parse_args(words[3:])
         assert (args.superlink, args.insecure) == ("[::1]:8443", False)
         assert (own / args.root_certificates).is_file()
         assert (own / args.auth_supernode_private_key).is_file()
@@ -190,7 +192,7 @@ def test_the_units_are_commands_that_flower_takes(
 
 def test_without_protection_a_node_is_bound_by_its_policy_alone(made: Path) -> None:
     _, [_, *words] = unit(made / "sites" / SITES[1] / "fedpeft-node.service")
-    args = _parse_args_run_supernode().parse_args(words)
+    args = _parse_args_run_supernode().parse_args(words[3:])
     assert parse_config_args([args.node_config]) == {
         "client": SITES[1],
         "socket": "resident/site.sock",
@@ -237,8 +239,8 @@ def test_a_container_sees_its_own_folder_only(guarded: Path) -> None:
         if name.startswith("site"):
             assert (program, words) == ("fedpeft", ["site", "."])
         elif name != "server":
-            assert program == "flower-supernode"
-            assert _parse_args_run_supernode().parse_args(words).superlink == "server:8443"
+            assert (program, *words[:3]) == SUPERNODE
+            assert _parse_args_run_supernode().parse_args(words[3:]).superlink == "server:8443"
     assert (guarded / ".dockerignore").read_text() == "*\n!*.whl\n"
 
 
