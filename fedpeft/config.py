@@ -104,6 +104,9 @@ class Rounds:
     count: how many. weighting: ``examples`` (p_k proportional to training examples) or ``equal``.
     quorum: the share of a round's clients whose valid replies the round needs. failure_rate: the
     probability that a client drops out of a round (simulated; it may come back in the next).
+    reject_norm: a reply whose update has a larger Euclidean norm is refused (0: none is). retries:
+    how often a round that is short of replies is tried again, with the same clients, before the run
+    stops.
     """
 
     count: int = 5
@@ -111,6 +114,8 @@ class Rounds:
     weighting: Literal["examples", "equal"] = "examples"
     quorum: float = 0.5
     failure_rate: float = 0.0
+    reject_norm: float = 0.0
+    retries: int = 0
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ RULES = {
     "rounds.sampling.groups": _FROM_1,
     "rounds.quorum": _UNIT,
     "rounds.failure_rate": _BELOW_1,
+    "rounds.reject_norm": _FINITE,
+    "rounds.retries": _FROM_0,
     "local.lr": _ABOVE_0,
     "local.momentum": _BELOW_1,
     "local.weight_decay": _FINITE,

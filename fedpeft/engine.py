@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -21,6 +22,8 @@ from fedpeft.postprocess import NOTHING, Postprocessor
 from fedpeft.strategy import Messages, Strategy, addressed
 from fedpeft.tree import Tree
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class RoundReport:
@@ -29,7 +32,9 @@ class RoundReport:
     sampled: clients drawn. dropped: of these, the ones that dropped out (simulated). excluded:
     client -> why its training failed or its reply was refused. replied: clients in the aggregate.
     loss: mean training loss of the replies, by weight. down, up: bytes by kind. sent, came: the
-    same by client and exchange. seconds: wall time.
+    same by client and exchange, attempts that were given up included. seconds: wall time. zeros:
+    clients whose update was zero; not told where noise hides the updates. attempts: how often the
+    round was tried.
     """
 
     round: int
@@ -43,6 +48,8 @@ class RoundReport:
     seconds: float
     sent: tuple[Entry, ...] = ()
     came: tuple[Entry, ...] = ()
+    zeros: tuple[str, ...] = ()
+    attempts: int = 1
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,8 @@ def play_round(
     seam: what is done to messages beside the algorithm, and, where the seed may not decide it, who
     takes part. A round that sampling leaves empty keeps the state, unless the seam releases
     something all the same. Raises QuorumError when fewer valid replies come back than
-    ``rounds.quorum`` of the clients sampled; the state is then unchanged.
+    ``rounds.quorum`` of the clients sampled, ``rounds.retries`` attempts more included; the state
+    is then unchanged.
     """
     began = time.perf_counter()
     names = seam.names
@@ -85,34 +93,62 @@ def play_round(
         after = _nobody(strategy, state, federation, number, seam)
         empty = RoundReport(number, (), (), {}, 0, math.nan, {}, {}, time.perf_counter() - began)
         return after, empty
-    after, books = state, _Books([], [], dict.fromkeys(sorted(lost), "dropped out"))
-    fewest = max(1, math.ceil(rounds.quorum * len(names)))
-    asked: tuple[str, ...] = names
-    for _ in range(strategy.exchanges):
-        sent = [seam.post.announce(one) for one in addressed(strategy, after, number, asked)]
-        going = books.out(sent)
-        intake = intake_of(strategy, going, federation.clients(), rounds)
-        replies = intake.stream(federation.run(number, *going) if going else iter(()))
-        after = _received(strategy, after, sent, replies, seam.post)
-        books.back(intake)
-        seam.post.arrived([n for one in going for n in one.clients if n not in books.lost])
-        if intake.replied < fewest:
-            raise QuorumError(_short(number, names, intake.replied, rounds, books.lost))
-        asked = tuple(name for name in names if name not in books.lost)
+    books = _Books([], [])
+    for attempt in range(1, rounds.retries + 2):
+        books.begin(lost)
+        try:
+            after = _attempt(strategy, state, federation, rounds, (number, names), seam, books)
+            break
+        except QuorumError as error:
+            if attempt > rounds.retries:
+                raise
+            log.warning("%s Now attempt %d of %d.", error, attempt + 1, rounds.retries + 1)
     report = RoundReport(
         round=number,
         sampled=names,
         dropped=tuple(sorted(lost)),
         excluded={name: why for name, why in sorted(books.lost.items()) if name not in lost},
-        replied=intake.replied,
+        replied=books.replied,
         loss=books.loss,
         down=totals(books.down),
         up=totals(books.up),
         seconds=time.perf_counter() - began,
         sent=tuple(books.down),
         came=tuple(books.up),
+        zeros=() if seam.post.always else tuple(sorted(books.zeros)),
+        attempts=attempt,
     )
     return after, report
+
+
+def _attempt(
+    strategy: Strategy[Any],
+    state: Any,
+    federation: Federation,
+    rounds: Rounds,
+    drawn: tuple[int, tuple[str, ...]],
+    seam: Seam,
+    books: _Books,
+) -> Any:
+    """The state after all exchanges of a round. Raises QuorumError; nothing has changed then.
+
+    drawn: the round's number and clients.
+    """
+    number, names = drawn
+    fewest = max(1, math.ceil(rounds.quorum * len(names)))
+    asked: tuple[str, ...] = names
+    for _ in range(strategy.exchanges):
+        sent = [seam.post.announce(one) for one in addressed(strategy, state, number, asked)]
+        going = books.out(sent)
+        intake = intake_of(strategy, going, federation.clients(), rounds, seam.post.tells)
+        replies = intake.stream(federation.run(number, *going) if going else iter(()))
+        state = _received(strategy, state, sent, replies, seam.post)
+        books.back(intake)
+        seam.post.arrived([n for one in going for n in one.clients if n not in books.lost])
+        if intake.replied < fewest:
+            raise QuorumError(_short(number, names, intake.replied, rounds, books.lost))
+        asked = tuple(name for name in names if name not in books.lost)
+    return state
 
 
 @dataclass
@@ -121,8 +157,15 @@ class _Books:
 
     down: list[Entry]
     up: list[Entry]
-    lost: dict[str, str]
+    lost: dict[str, str] = field(default_factory=dict)
+    zeros: set[str] = field(default_factory=set)
+    replied: int = 0
     loss: float = math.nan
+
+    def begin(self, dropped: Iterable[str]) -> None:
+        """Begins an attempt; the bytes of those before stay."""
+        self.lost = dict.fromkeys(sorted(dropped), "dropped out")
+        self.zeros, self.loss = set(), math.nan
 
     def out(self, sent: Sequence[Messages]) -> list[Messages]:
         """Counts what is sent; the messages of the clients that are still there."""
@@ -137,6 +180,8 @@ class _Books:
         """Counts what came back. The loss is that of the first exchange that trains."""
         self.up.extend(grouped(intake.entries))
         self.lost |= intake.excluded
+        self.zeros |= set(intake.zeros)
+        self.replied = intake.replied
         if math.isnan(self.loss) and intake.weight_sum > 0:
             self.loss = intake.loss_sum / intake.weight_sum
 
@@ -171,16 +216,24 @@ def _nobody(
 
 
 def intake_of(
-    strategy: Strategy[Any], stacks: Sequence[Messages], sizes: Mapping[str, int], rounds: Rounds
+    strategy: Strategy[Any],
+    stacks: Sequence[Messages],
+    sizes: Mapping[str, int],
+    rounds: Rounds,
+    tells: Sequence[str] = (),
 ) -> Intake:
-    """What takes in the replies to ``stacks``; sizes: client -> number of training examples."""
+    """What takes in the replies to ``stacks``; sizes: client -> number of training examples.
+
+    tells: scalars that a reply must have beside those that the strategy reads.
+    """
     like: dict[str, Mapping[str, Tree]] = {}
     weights: dict[str, float] = {}
     for stack in stacks:
         like.update(dict.fromkeys(stack.clients, strategy.expects(stack[0])))
         own = client_weights([sizes[name] for name in stack.clients], rounds)
         weights.update(zip(stack.clients, own.tolist(), strict=True))
-    return Intake(like, weights)
+    needed = ("weight", *strategy.tells, *tells)
+    return Intake(like, weights, needed, stacks, rounds.reject_norm)
 
 
 def _chain(first: list[Messages], rest: Iterator[Messages]) -> Iterator[Messages]:

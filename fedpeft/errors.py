@@ -7,6 +7,7 @@ that escapes is a defect of fedpeft, and is left with its traceback.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -28,6 +29,22 @@ class QuorumError(FedpeftError):
 
 class CheckpointError(FedpeftError):
     """A checkpoint that cannot be read whole (truncated, corrupt, of another run)."""
+
+
+_SECRETS = re.compile(
+    r"hf_[A-Za-z0-9]{8,}"  # of the Hugging Face hub
+    r"|(?i:\b\w*(?:token|password|secret|api_?key)=)[^\s'\"]+"
+    r"|(?<=://)[^/\s@]+(?=@)"  # who asks, in an address
+)
+
+
+def redacted(text: str) -> str:
+    """The text without what looks like a secret: access tokens, passwords, users in addresses.
+
+    >>> redacted("cannot read https://me:pass@example.org?token=abc as hf_abcdefgh123")
+    'cannot read https://[redacted]@example.org?[redacted] as [redacted]'
+    """
+    return _SECRETS.sub("[redacted]", text)
 
 
 def suggest(value: str, known: Iterable[str]) -> str:

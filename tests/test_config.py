@@ -255,13 +255,13 @@ RANGES: dict[str, tuple[list[object], list[object]]] = {
 }
 BOUNDS = {
     "at least 0": "seed data.limit local.steps evaluation.most evaluation.local_test engine.chunk "
-    "engine.threads engine.workers privacy.max_rounds",
+    "engine.threads engine.workers privacy.max_rounds rounds.retries",
     "at least 1": "data.max_length partition.classes partition.shards partition.min_examples "
     "rounds.count rounds.sampling.size rounds.sampling.groups local.batch_size local.accumulate "
     "evaluation.every output.checkpoint_every output.keep",
     "above 0 and finite": "local.lr partition.alpha privacy.clip_norm privacy.clip_rate "
     "secure_aggregation.clip_norm",
-    "at least 0 and finite": "local.weight_decay local.clip_norm",
+    "at least 0 and finite": "local.weight_decay local.clip_norm rounds.reject_norm",
     "above 0 and below 1": "privacy.delta privacy.quantile",
     "at least 0 and below 1": "data.holdout rounds.failure_rate local.momentum local.warmup",
     "above 0 and at most 1": "rounds.sampling.fraction rounds.sampling.rate",

@@ -141,9 +141,9 @@ def public_reason(text: str) -> str:
 def _reason(error: Exception) -> str:
     """Of an error, what may leave the node."""
     if isinstance(error, _ClientError):
-        return str(error)
+        return errors.redacted(str(error))
     text = f"{type(error).__name__}: {error}"
-    return text if isinstance(error, FedpeftError) else public_reason(text)
+    return errors.redacted(text if isinstance(error, FedpeftError) else public_reason(text))
 
 
 def _own_header(prepared: Prepared, client: str, asked: Header) -> Header:

@@ -30,6 +30,7 @@ from fedpeft import tree as trees
 from fedpeft.errors import ReplyError
 from fedpeft.strategy import Message, Messages
 from fedpeft.tree import Tree
+from fedpeft.validate import LOSS
 
 NPY = "numpy.ndarray"
 """Serialisation type of everything that NumPy has a type for; Flower's own name for it."""
@@ -99,6 +100,8 @@ def decode(content: RecordDict) -> tuple[Message, Header]:
         raise ReplyError(f"record {missing[0]!r} is missing")
     numbers = {}
     for name, value in scalars.items():
+        if name == LOSS and not isinstance(value, float):
+            continue  # it only tells; see validate
         if not isinstance(value, float):
             raise ReplyError(f"scalar {name!r} is of type {type(value).__name__}, not float")
         numbers[name] = value
