@@ -27,11 +27,11 @@ class Intake:
     """Checks replies as they stream into ``receive``, and keeps the round's books.
 
     like: client -> the trees that its reply must hold, unstacked. weights: client -> its
-    registered weight. tells: scalars that a reply must have. sent: what the clients were sent. reject_norm: replies whose update is longer
-    are refused (0: none are).
+    registered weight. tells: scalars that a reply must have. sent: what the clients were sent.
+    reject_norm: replies whose update is longer are refused (0: none are).
     excluded: as in RoundReport. entries: what was delivered. replied: clients whose replies were
-    valid. loss_sum, weight_sum: of their losses times weights, and of the weights of those that
-    told a loss.
+    valid. zeros: those whose update is zero. loss_sum, weight_sum: of their losses times weights,
+    and of the weights of those that told a finite loss.
     """
 
     like: Mapping[str, Mapping[str, Tree]]

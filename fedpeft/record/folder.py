@@ -133,8 +133,8 @@ class RunFolder:
             listed = "; ".join(f"{key}: {was!r} -> {now!r}" for key, (was, now) in changes.items())
             allow = " ".join(f"--allow-change {key}" for key in changes)
             raise FedpeftError(
-                f"{self.path / _RECIPE} is not the recipe that the run began with: {listed}. Restore "
-                f"it, or mean the change: `fedpeft resume {self.path} {allow}`."
+                f"{self.path / _RECIPE} is not the recipe that the run began with: {listed}. "
+                f"Restore it, or mean the change: `fedpeft resume {self.path} {allow}`."
             )
         return self._recorded(_RECIPE)
 
@@ -147,8 +147,8 @@ class RunFolder:
         for key in keys:
             if key not in changes:
                 raise FedpeftError(
-                    f"--allow-change {key}: this key of {self.path / _RECIPE} has not changed since "
-                    f"the run began. Changed: {', '.join(changes) or '(none)'}."
+                    f"--allow-change {key}: this key of {self.path / _RECIPE} has not changed "
+                    f"since the run began. Changed: {', '.join(changes) or '(none)'}."
                 )
         if keys and not changes.keys() - set(keys):
             replace(self.path / _BEGUN, self._recorded(_RECIPE).encode())
@@ -165,15 +165,20 @@ class RunFolder:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise FedpeftError(
-                    f"output.folder={self.path}: another run is at work in it. Wait for its end, or "
-                    "choose another output.folder."
+                    f"output.folder={self.path}: another run is at work in it. Wait for its end, "
+                    "or choose another output.folder."
                 ) from None
             yield
         finally:
             os.close(handle)
 
     def _changes(self) -> dict[str, tuple[object, object]]:
-        """Key -> its value when the run began, and now; of what changes the result."""
+        """Key -> its value when the run began, and now; of what changes the result.
+
+        Folders of earlier versions do not say what the run began with.
+        """
+        if not (self.path / _BEGUN).is_file():
+            return {}
         was, now = (_flat(self._recorded(name)) for name in (_BEGUN, _RECIPE))
         keys = sorted(key for key in {*was, *now} if key.split(".")[0] not in _FREE)
         return {k: (was.get(k), now.get(k)) for k in keys if was.get(k) != now.get(k)}
