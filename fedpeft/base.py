@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fedpeft.adapter_file import note_of, seal
 from fedpeft.errors import FedpeftError
 from fedpeft.model import Network
 from fedpeft.tree import Tree
@@ -174,4 +175,5 @@ def export_with_base(network: Network, values: Tree, base: Tree, folder: Path) -
     config |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
     config |= {"rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    seal(folder, note_of(folder))
     log.info("the exported LoRA holds the base's changes too: rank %d", rank)

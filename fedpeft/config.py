@@ -106,7 +106,7 @@ class Rounds:
     probability that a client drops out of a round (simulated; it may come back in the next).
     reject_norm: a reply whose update has a larger Euclidean norm is refused (0: none is). retries:
     how often a round that is short of replies is tried again, with the same clients, before the run
-    stops.
+    stops. max_reply: a reply of more bytes is refused, as ``100 MB`` or ``1 GiB``.
     """
 
     count: int = 5
@@ -116,6 +116,7 @@ class Rounds:
     failure_rate: float = 0.0
     reject_norm: float = 0.0
     retries: int = 0
+    max_reply: str = "1 GiB"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from fedpeft.codecs.settings import feeds_back
 from fedpeft.config import Recipe
+from fedpeft.config_comms import size_of
 from fedpeft.errors import FedpeftError
 from fedpeft.strategy import Strategy
 
@@ -13,6 +14,7 @@ from fedpeft.strategy import Strategy
 def check_rounds(recipe: Recipe, strategy: Strategy[Any]) -> None:
     """Raises FedpeftError that names the settings which do not go together."""
     rounds, comms = recipe.rounds, recipe.comms
+    size_of("rounds.max_reply", rounds.max_reply)
     if rounds.reject_norm and recipe.secure_aggregation.enabled:
         raise FedpeftError(
             f"rounds.reject_norm={rounds.reject_norm:g} with secure_aggregation.enabled: the "

@@ -15,6 +15,7 @@ from fedpeft import sampling
 from fedpeft.cohort.federation import client_weights
 from fedpeft.comms.ledger import Bytes, Entry, entries, grouped, totals
 from fedpeft.config import Rounds
+from fedpeft.config_comms import size_of
 from fedpeft.errors import QuorumError
 from fedpeft.federation import Federation
 from fedpeft.intake import Intake
@@ -233,7 +234,8 @@ def intake_of(
         own = client_weights([sizes[name] for name in stack.clients], rounds)
         weights.update(zip(stack.clients, own.tolist(), strict=True))
     needed = ("weight", *strategy.tells, *tells)
-    return Intake(like, weights, needed, stacks, rounds.reject_norm)
+    most = size_of("rounds.max_reply", rounds.max_reply)
+    return Intake(like, weights, needed, stacks, rounds.reject_norm, most)
 
 
 def _chain(first: list[Messages], rest: Iterator[Messages]) -> Iterator[Messages]:

@@ -28,7 +28,8 @@ class Intake:
 
     like: client -> the trees that its reply must hold, unstacked. weights: client -> its
     registered weight. tells: scalars that a reply must have. sent: what the clients were sent.
-    reject_norm: replies whose update is longer are refused (0: none are).
+    reject_norm: replies whose update is longer are refused (0: none are). most: so are those of
+    more bytes.
     excluded: as in RoundReport. entries: what was delivered. replied: clients whose replies were
     valid. zeros: those whose update is zero. loss_sum, weight_sum: of their losses times weights,
     and of the weights of those that told a finite loss.
@@ -39,6 +40,7 @@ class Intake:
     tells: Sequence[str] = ("weight",)
     sent: Sequence[Messages] = ()
     reject_norm: float = 0.0
+    most: float = math.inf
     excluded: dict[str, str] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
     replied: int = 0
@@ -59,7 +61,8 @@ class Intake:
             else:
                 came = tuple(entries(reply))
                 like = self.like.get(reply.clients[0]) or next(iter(self.like.values()))
-                good, reasons = check_stack(reply, like, self.weights, self.tells)
+                light = self._light(reply, came)
+                good, reasons = check_stack(light, like, self.weights, self.tells)
                 good = self._measured(good)
                 clients = len(good)
                 self.excluded.update(reasons)
@@ -81,6 +84,16 @@ class Intake:
             ):
                 at = list(part)
                 yield reply if len(at) == len(reply) else reply.rows(at)
+
+    def _light(self, replies: Messages, came: Iterable[Entry]) -> Messages:
+        """Those of the replies that are not too large."""
+        sizes = [(entry.clients, sum(entry.each.values())) for entry in came]
+        large = {name: size for names, size in sizes if size > self.most for name in names}
+        for client, size in large.items():
+            why = f"its reply has {size} bytes, above the {self.most} of rounds.max_reply"
+            self.excluded[client] = why
+        kept = [k for k, client in enumerate(replies.clients) if client not in large]
+        return replies if not large else replies.rows(kept)
 
     def _measured(self, replies: Messages) -> Messages:
         """Those of the replies (of one stack of requests) whose updates are not too long."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,13 +22,14 @@ import torch
 import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fedpeft import quantize, streams, tree, tuners, whole
+from fedpeft.adapter_file import RAW, load_start, seal
 from fedpeft.config import Model
 from fedpeft.data.clients import Task
 from fedpeft.errors import FedpeftError, suggest
@@ -36,10 +37,6 @@ from fedpeft.tree import Layout, Tree
 
 BUILT_IN = {"classification": "tiny-encoder", "causal_lm": "tiny-decoder"}
 """The folder under ``fedpeft/models`` that ``fedpeft-tiny`` stands for, by task."""
-
-
-RAW = "trainable.safetensors"
-"""Beside peft's file, for kinds whose file is not enough to go on training from."""
 
 
 class MeanPoolClassifier(nn.Module):
@@ -183,11 +180,25 @@ def adapter_config(settings: Mapping[str, Any], task: Task) -> peft.PeftConfig:
                 f"adapter.{key} is not a setting of {kinds[kind].__name__}. {suggest(key, known)}"
             )
     tuners.check_start(own)
+    _check_patterns(own)
     own["task_type"] = "SEQ_CLS" if task == "classification" else "CAUSAL_LM"
     try:
         return kinds[kind](**own)
     except (ImportError, TypeError, ValueError) as error:
         raise FedpeftError(f"adapter {dict(settings)!r} is refused by peft: {error}") from error
+
+
+def _check_patterns(settings: Mapping[str, Any]) -> None:
+    """Raises FedpeftError for a pattern that may take for ever: a repeated group.
+
+    A recipe comes to clients from a server, and peft matches its patterns with every module.
+    """
+    for key, value in settings.items():
+        if isinstance(value, str) and re.search(r"\)\s*[*+?{]", value):
+            raise FedpeftError(
+                f"adapter.{key}={value!r} repeats a group, and such patterns can take for ever to "
+                f"match: name the modules in a list."
+            )
 
 
 def attach(base: nn.Module, settings: Mapping[str, Any], task: Task, seed: int) -> nn.Module:
@@ -309,7 +320,7 @@ def build_network(
     """The network around a model with an adapter; ``start`` is an adapter folder to begin from."""
     digest = base_digest(model)
     if start is not None:
-        _load_start(model, start, digest)
+        load_start(model, start, digest)
     initial = tree.sort(
         {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
     )
@@ -320,62 +331,6 @@ def build_network(
     }
     model.to(device)
     return Network(model, task, classes, initial, Layout.of(initial), scaling, digest, device)
-
-
-def _load_start(model: nn.Module, folder: str, digest: str) -> None:
-    path = Path(folder)
-    if not (path / "adapter_config.json").is_file():
-        raise FedpeftError(
-            f"adapter.start={folder!r} holds no adapter_config.json: give a folder written by peft "
-            f"or by a fedpeft run (RUN/adapter)."
-        )
-    note = path / "fedpeft.json"
-    if note.is_file():
-        other = json.loads(note.read_text())["base_digest"]
-        if other != digest:
-            raise FedpeftError(
-                f"adapter.start={folder!r} was trained on another base model (digest {other}, here "
-                f"{digest}): set model.name to the base that the adapter belongs to."
-            )
-    assert isinstance(model, peft.PeftModel)
-    config = model.active_peft_config
-    if tuners.keeps_less(config):
-        _load_raw(model, path / RAW)
-        return
-    weights = peft.load_peft_weights(str(path), device="cpu")
-    try:
-        found: Any = peft.set_peft_model_state_dict(model, weights)
-    except RuntimeError as error:
-        raise FedpeftError(
-            f"adapter.start={folder!r} does not fit this model and adapter: {error}"
-        ) from error
-    known = tuners.PROMPT_KEYS if config.is_prompt_learning else set()
-    unknown = sorted(set(found.unexpected_keys) - known)
-    if unknown:
-        raise FedpeftError(
-            f"adapter.start={folder!r} holds tensors that this model and adapter do not have: "
-            f"{unknown[:3]}. Use the adapter settings it was trained with."
-        )
-
-
-def _load_raw(model: nn.Module, path: Path) -> None:
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not path.is_file():
-        raise FedpeftError(
-            f"adapter.start={str(path.parent)!r} holds no {RAW}: peft's own file of this adapter "
-            f"kind is not enough to go on training. Give the folder of a fedpeft run (RUN/adapter)."
-        )
-    values = load_file(path)
-    try:
-        tree.check_same({name: p.detach() for name, p in own.items()}, values, "model and file")
-    except ValueError as error:
-        raise FedpeftError(
-            f"adapter.start={str(path.parent)!r} does not fit this model and adapter: {error}. Use "
-            f"the adapter settings it was trained with."
-        ) from error
-    with torch.no_grad():
-        for name, value in values.items():
-            own[name].copy_(value)
 
 
 def save_adapter(network: Network, values: Tree, folder: Path, base_name: str) -> None:
@@ -397,4 +352,4 @@ def save_adapter(network: Network, values: Tree, folder: Path, base_name: str) -
     else:
         whole.save(model, folder)
     note = {"base_digest": network.digest, "base_model": base_name, "task": network.task}
-    (folder / "fedpeft.json").write_text(json.dumps(note, indent=2) + "\n")
+    seal(folder, note)

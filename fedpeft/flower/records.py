@@ -15,6 +15,7 @@ was written by another party: every field is checked before it is used.
 from __future__ import annotations
 
 import io
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ from fedpeft.errors import ReplyError
 from fedpeft.strategy import Message, Messages
 from fedpeft.tree import Tree
 from fedpeft.validate import LOSS
+
+log = logging.getLogger(__name__)
 
 NPY = "numpy.ndarray"
 """Serialisation type of everything that NumPy has a type for; Flower's own name for it."""
@@ -155,6 +158,8 @@ def _check_version(theirs: object) -> None:
         raise ReplyError(f"header field 'version' is {str(theirs)[:40]!r}, no version of fedpeft")
     own, other = ([int(n) for n in v.split(".")[:2]] for v in (__version__, theirs))
     if own[0] == other[0] and (own[0] > 0 or own[1] == other[1]):
+        if theirs != __version__:
+            log.warning("fedpeft %s answers, and this is %s", theirs, __version__)
         return
     newer = "newer" if other > own else "older"
     raise ReplyError(
