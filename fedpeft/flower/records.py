@@ -14,6 +14,7 @@ was written by another party: every field is checked before it is used.
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import math
@@ -159,13 +160,18 @@ def _check_version(theirs: object) -> None:
     own, other = ([int(n) for n in v.split(".")[:2]] for v in (__version__, theirs))
     if own[0] == other[0] and (own[0] > 0 or own[1] == other[1]):
         if theirs != __version__:
-            log.warning("fedpeft %s answers, and this is %s", theirs, __version__)
+            _warn(theirs)
         return
     newer = "newer" if other > own else "older"
     raise ReplyError(
         f"the sender's fedpeft {theirs} is {newer} than this one, {__version__}, and they do not "
         f"understand each other: install the same version on server and sites"
     )
+
+
+@functools.cache  # once for each version
+def _warn(theirs: str) -> None:
+    log.warning("the other side has fedpeft %s, this one %s", theirs, __version__)
 
 
 _VERSION = re.compile(

@@ -61,8 +61,9 @@ def test_a_weight_that_is_none(tiny: Path, weight: float) -> None:
 
 
 @fault(22, "X")
-@pytest.mark.parametrize("weight", [True, [9.0]])
-def test_a_weight_that_is_no_number(tiny: Path, weight: object) -> None:
+@pytest.mark.parametrize("weight", [9, [9.0]])
+def test_a_weight_that_is_no_float(tiny: Path, weight: object) -> None:
+    """Flower's records hold no bool."""
     costs_c1_alone(faulty_client(raw("weight", weight)), recipe_of(tiny), "scalar 'weight' is")
 
 
