@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from flwr.app import Context, RecordDict
+from flwr.app import Message as FlowerMessage
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from fedpeft.cli import failures, watchers
@@ -25,6 +28,8 @@ from fedpeft.errors import FedpeftError
 from fedpeft.events import Watcher
 from fedpeft.federation import Failure
 from fedpeft.flower import client_app
+from fedpeft.flower.records import decode
+from fedpeft.flower.server_app import main
 from fedpeft.prepare import prepare
 from fedpeft.privacy.events import compose
 from fedpeft.privacy.ledger import Budget, Ledger
@@ -121,6 +126,37 @@ def test_kill_9_of_the_process_that_plays_the_rounds(
     resume(str(folder), Watcher())
     assert digest(folder) == whole
     assert [line["round"] for line in lines(folder, "round")] == [1, 2, 3, 4]
+
+
+@fault(44, "K")
+@pytest.mark.xfail(reason="fault 44: the server of a deployment does not resume yet", strict=True)
+def test_a_server_that_was_killed_goes_on(tiny: Path, tmp_path: Path) -> None:
+    """The SuperLink takes its ServerApp with it: what is left of either is the run folder."""
+    recipe = recipe_of(tiny, tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    config: Any = {"recipe": str(tmp_path / "recipe.yaml"), "join-timeout": 0.05}
+    context = Context(1, 0, {}, RecordDict(), config | {"reply-timeout": 5.0, "identities": ""})
+    nodes = {10 + k: {"client": name} for k, name in enumerate(NAMES)}
+
+    def killed(request: FlowerMessage, answer: FlowerMessage) -> FlowerMessage:
+        if decode(request.content)[1].round == 3:
+            raise KeyboardInterrupt
+        return answer
+
+    with pytest.raises(KeyboardInterrupt):
+        main(InProcess(nodes, killed), context)
+    grid = InProcess(nodes)
+    main(grid, context)
+    asked = {decode(m.content)[1].round for m in grid.seen if m.metadata.message_type == "train"}
+    assert asked == {3, 4}
+    other = dataclasses.replace(recipe, output=Output(folder=str(tmp_path / "whole")))
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(other))
+    main(InProcess(nodes), context)
+    found, wanted = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        for name in ("run", "whole")
+    )
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
 @fault(45, "K")
