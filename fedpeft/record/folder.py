@@ -50,13 +50,14 @@ class RunFolder:
     def create(path: Path, overwrite: bool = False) -> RunFolder:
         """A new run's folder, at a place that does not exist or is an empty folder.
 
-        With ``overwrite``, a run folder there is emptied first; anything else is never touched.
-        Raises FedpeftError.
+        With ``overwrite``, a run folder there is emptied first, unless a run is at work in it;
+        anything else is never touched. Raises FedpeftError.
         """
         RunFolder.check(path, overwrite)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _empty(path)
+            with RunFolder(path).lock():
+                _empty(path)
         except OSError as error:
             raise failed_write(error, path, "Choose another output.folder.") from error
         _write_json(path / _MARK, {"kind": _KIND, "schema": SCHEMA})
