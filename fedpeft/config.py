@@ -105,7 +105,9 @@ class Rounds:
     quorum: the share of a round's clients whose valid replies the round needs. failure_rate: the
     probability that a client drops out of a round (simulated; it may come back in the next).
     aborts: how many rounds in a row may fall short of the quorum; each leaves the model as it was
-    and counts, one more stops the run with a checkpoint.
+    and counts, one more stops the run with a checkpoint. reject_norm: a reply whose update has a
+    larger Euclidean norm is refused (0: none is). max_reply: a reply of more bytes is refused, as
+    ``100 MB`` or ``1 GiB``.
     """
 
     count: int = 5
@@ -114,6 +116,8 @@ class Rounds:
     quorum: float = 0.5
     failure_rate: float = 0.0
     aborts: int = 0
+    reject_norm: float = 0.0
+    max_reply: str = "1 GiB"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from fedpeft.errors import FedpeftError
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{letter}i": 2 ** (10 * n) for n, letter in enumerate("KMGT", start=1)}
-_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?|[KMGT]i)B")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?|[KMGT]i)B")
 
 
 def budget_of(comms: Comms) -> int:
@@ -18,14 +18,17 @@ def budget_of(comms: Comms) -> int:
 
     Raises FedpeftError for a text that is no number of bytes.
     """
-    if not comms.budget:
-        return 0
-    found = _BUDGET.fullmatch(comms.budget.strip())
+    return size_of("comms.budget", comms.budget) if comms.budget else 0
+
+
+def size_of(key: str, text: str) -> int:
+    """The bytes that a text names. Raises FedpeftError for one that is no number of bytes."""
+    found = _SIZE.fullmatch(text.strip())
     size = round(float(found[1]) * _UNITS[found[2]]) if found else 0
     if size < 1:
         raise FedpeftError(
-            f"comms.budget={comms.budget!r} must be a number and B, kB, MB, GB, TB, KiB, MiB, GiB "
-            f"or TiB, as 50 MB: above 0."
+            f"{key}={text!r} must be a number and B, kB, MB, GB, TB, KiB, MiB, GiB or TiB, as "
+            f"50 MB: above 0."
         )
     return size
 

@@ -25,8 +25,10 @@ from fedpeft import strategy as strategies
 from fedpeft.config import Data, Engine, Model, Recipe
 from fedpeft.config_comms import check_comms
 from fedpeft.config_privacy import check_privacy
+from fedpeft.config_rounds import check_rounds
 from fedpeft.config_rules import RULES
 from fedpeft.errors import FedpeftError, suggest
+from fedpeft.redact import without_secrets
 
 Layer = dict[str, Any]
 
@@ -138,6 +140,7 @@ def check(recipe: Recipe) -> None:
         name = getattr(recipe, section).get(tag)
         if not isinstance(name, str) or not name:
             raise FedpeftError(f"{section}.{tag}={name!r} must be a name, e.g. {_example(section)}")
+    check_rounds(recipe)
     load_strategy(recipe)
 
 
@@ -221,6 +224,12 @@ def _check_plain(value: Any, key: str, origin: str) -> None:
             _check_plain(below, f"{key}[{number}]", origin)
     elif isinstance(value, str) and ("${" in value or value == "???"):
         raise FedpeftError(f"{origin}: {_no_interpolation(key)}")
+    elif isinstance(value, str) and without_secrets(value) != value:
+        raise FedpeftError(
+            f"{without_secrets(origin)}: {key} holds what looks like a secret, and a recipe is "
+            f"written to the run folder and sent to every client: leave it out, and set HF_TOKEN "
+            f"instead"
+        )
     elif value is not None and type(value) not in (str, int, float, bool):
         raise FedpeftError(
             f"{origin}: {key} is a {type(value).__name__}; a recipe holds text, numbers, true, "

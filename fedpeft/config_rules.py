@@ -48,6 +48,7 @@ RULES = {
     "rounds.quorum": _UNIT,
     "rounds.failure_rate": _BELOW_1,
     "rounds.aborts": _FROM_0,
+    "rounds.reject_norm": _FINITE,
     "local.lr": _ABOVE_0,
     "local.momentum": _BELOW_1,
     "local.weight_decay": _FINITE,

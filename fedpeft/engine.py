@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -15,6 +15,7 @@ from fedpeft import sampling
 from fedpeft.cohort.federation import client_weights
 from fedpeft.comms.ledger import Bytes, Entry, entries, grouped, totals
 from fedpeft.config import Rounds
+from fedpeft.config_comms import size_of
 from fedpeft.errors import QuorumError
 from fedpeft.federation import Federation
 from fedpeft.intake import Intake
@@ -31,7 +32,7 @@ class RoundReport:
     client -> why its training failed or its reply was refused. replied: clients in the aggregate.
     loss: mean training loss of the replies, by weight. down, up: bytes by kind. sent, came: the
     same by client and exchange. seconds: wall time. aborted: why the round has no result, if it has
-    none.
+    none. zeros: clients whose update was zero; not told where noise hides the updates.
     """
 
     round: int
@@ -46,6 +47,7 @@ class RoundReport:
     sent: tuple[Entry, ...] = ()
     came: tuple[Entry, ...] = ()
     aborted: str = ""
+    zeros: tuple[str, ...] = ()
 
 
 class AbortedRoundError(QuorumError):
@@ -97,21 +99,9 @@ def play_round(
         seconds = time.perf_counter() - began
         return after, RoundReport(number, (), (), {}, 0, math.nan, {}, {}, seconds)
     books = _Books([], [], dict.fromkeys(sorted(lost), "dropped out"))
-    fewest, after, aborted = max(1, math.ceil(rounds.quorum * len(names))), state, ""
+    after, aborted = state, ""
     try:
-        for exchange in range(strategy.exchanges):
-            asked = names if exchange == 0 else tuple(n for n in names if n not in books.lost)
-            sent = [seam.post.announce(one) for one in addressed(strategy, after, number, asked)]
-            going = books.out(sent)
-            intake = intake_of(strategy, going, federation.clients(), rounds)
-            replies = intake.stream(federation.run(number, *going) if going else iter(()))
-            try:
-                after = _received(strategy, after, sent, replies, seam.post)
-            finally:
-                books.back(intake)
-            seam.post.arrived([n for one in going for n in one.clients if n not in books.lost])
-            if intake.replied < fewest:
-                raise QuorumError(_short(number, names, intake.replied, rounds, books.lost))
+        after = _played(strategy, state, federation, rounds, (number, names), seam, books)
     except QuorumError as error:
         aborted = str(error)
     report = RoundReport(
@@ -127,24 +117,59 @@ def play_round(
         sent=tuple(books.down),
         came=tuple(books.up),
         aborted=aborted,
+        zeros=() if seam.post.always else tuple(sorted(books.zeros)),
     )
     if aborted:
         raise AbortedRoundError(report)
     return after, report
 
 
+def _played(
+    strategy: Strategy[Any],
+    state: Any,
+    federation: Federation,
+    rounds: Rounds,
+    drawn: tuple[int, tuple[str, ...]],
+    seam: Seam,
+    books: _Books,
+) -> Any:
+    """The state after all exchanges of a round. Raises QuorumError; ``state`` is then as it was.
+
+    drawn: the round's number and clients.
+    """
+    number, names = drawn
+    fewest = max(1, math.ceil(rounds.quorum * len(names)))
+    asked = names
+    for _ in range(strategy.exchanges):
+        sent = [seam.post.announce(one) for one in addressed(strategy, state, number, asked)]
+        going = books.out(sent)
+        intake = intake_of(strategy, going, federation.clients(), rounds, seam.post.tells)
+        replies = intake.stream(federation.run(number, *going) if going else iter(()))
+        try:
+            state = _received(strategy, state, sent, replies, seam.post)
+        finally:
+            books.back(intake)
+        seam.post.arrived([n for one in going for n in one.clients if n not in books.lost])
+        if intake.replied < fewest:
+            raise QuorumError(_short(number, names, intake.replied, rounds, books.lost))
+        asked = tuple(name for name in names if name not in books.lost)
+    return state
+
+
 @dataclass
 class _Books:
     """What a round has sent and received so far.
 
-    lost: client -> why it is in it no more. replied: valid replies of the last exchange.
+    lost: client -> why it is in it no more. zeros: clients whose update was zero. replied: valid
+    replies of the last exchange.
     """
 
     down: list[Entry]
     up: list[Entry]
     lost: dict[str, str]
-    loss: float = math.nan
+    zeros: set[str] = field(default_factory=set)
     replied: int = 0
+    loss: float = math.nan
 
     def out(self, sent: Sequence[Messages]) -> list[Messages]:
         """Counts what is sent; the messages of the clients that are still there."""
@@ -159,6 +184,7 @@ class _Books:
         """Counts what came back. The loss is that of the first exchange that trains."""
         self.up.extend(grouped(intake.entries))
         self.lost |= intake.excluded
+        self.zeros |= set(intake.zeros)
         self.replied = intake.replied
         if math.isnan(self.loss) and intake.weight_sum > 0:
             self.loss = intake.loss_sum / intake.weight_sum
@@ -194,16 +220,25 @@ def _nobody(
 
 
 def intake_of(
-    strategy: Strategy[Any], stacks: Sequence[Messages], sizes: Mapping[str, int], rounds: Rounds
+    strategy: Strategy[Any],
+    stacks: Sequence[Messages],
+    sizes: Mapping[str, int],
+    rounds: Rounds,
+    tells: Sequence[str] = (),
 ) -> Intake:
-    """What takes in the replies to ``stacks``; sizes: client -> number of training examples."""
+    """What takes in the replies to ``stacks``; sizes: client -> number of training examples.
+
+    tells: scalars that a reply must have beside those that the strategy reads.
+    """
     like: dict[str, Mapping[str, Tree]] = {}
     weights: dict[str, float] = {}
     for stack in stacks:
         like.update(dict.fromkeys(stack.clients, strategy.expects(stack[0])))
         own = client_weights([sizes[name] for name in stack.clients], rounds)
         weights.update(zip(stack.clients, own.tolist(), strict=True))
-    return Intake(like, weights)
+    needed = ("weight", *strategy.tells, *tells)
+    most = size_of("rounds.max_reply", rounds.max_reply)
+    return Intake(like, weights, needed, stacks, rounds.reject_norm, most)
 
 
 def _chain(first: list[Messages], rest: Iterator[Messages]) -> Iterator[Messages]:

@@ -31,13 +31,15 @@ class Partial:
 
     replies: one row that stands for all of them, as ``fedpeft.intake.average`` makes it; no row
     where none was valid. clients: how many it stands for. up: what was delivered, refused replies
-    included. excluded: client -> why its training failed or its reply was refused.
+    included. excluded: client -> why its training failed or its reply was refused. zeros: of those
+    that it stands for, the ones whose update is zero.
     """
 
     replies: Messages
     clients: int
     up: tuple[Entry, ...]
     excluded: Mapping[str, str]
+    zeros: tuple[str, ...] = ()
 
 
 class Federation(Protocol):

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +56,7 @@ def begin(recipe: Recipe, watcher: Watcher, host: Host, ledger: Path | None = No
     folder.describe(dump_recipe(prepared.resolved()), prepared.population.fingerprint)
     state = prepared.strategy.init(prepared.problem)
     extra = _extra(Ledger(), 0, 0, 0, 0.0) | {"base": prepared.network.digest}
-    with guarded(prepared, ledger or folder.ledger) as guard:
+    with folder.lock(), guarded(prepared, ledger or folder.ledger) as guard:
         if guard is not None and guard.terms.whole_run and guard.ledger.clients():
             raise FedpeftError(
                 f"{ledger} is the ledger of an earlier run, and with privacy.bands a run is "
@@ -84,11 +84,11 @@ def go_on(
     own = parse_recipe(folder.recipe(), str(folder.path))
     output = dataclasses.replace(own.output, folder=str(folder.path))
     prepared = prepare(dataclasses.replace(recipe or own, engine=own.engine, output=output))
-    changed = differences(own, prepared.resolved())
+    changed = folder.changes(dump_recipe(prepared.resolved()))
     if changed:
+        listed = "; ".join(f"{key}={now!r}, was {was!r}" for key, (was, now) in changed.items())
         raise FedpeftError(
-            f"{path}: the run began with another recipe: {'; '.join(changed)}. Put it back, or "
-            f"start a new run."
+            f"{path}: the run began with another recipe: {listed}. Put it back, or start a new run."
         )
     folder.check_data(prepared.population.fingerprint)
     kind = type(prepared.strategy.init(prepared.problem))
@@ -99,36 +99,15 @@ def go_on(
             f"now {prepared.network.digest}): restore model.name={prepared.recipe.model.name!r} as "
             f"it was, or start a new run."
         )
-    folder.metrics.truncate_after(checkpoint.round)
     prepared.post.restore(checkpoint.extra.get("post", {}))
     head = checkpoint.extra.get("privacy")
-    with guarded(prepared, ledger or folder.ledger, head) as guard:
+    with folder.lock(), guarded(prepared, ledger or folder.ledger, head) as guard:
+        folder.metrics.truncate_after(checkpoint.round)
         job = Job(prepared, folder, watcher, checkpoint, guard, Purse.of(prepared))
         again = [] if guard is None else guard.again(checkpoint.round)
         for text in [*warnings, f"resumed after round {checkpoint.round}", *again]:
             job.note(checkpoint.round, text)
         return job.go(host)
-
-
-def differences(before: Recipe, now: Recipe) -> list[str]:
-    """Each key of two recipes that changes a result, with both values, where they differ."""
-    was, new = (flat(dataclasses.asdict(recipe)) for recipe in (before, now))
-    return [
-        f"{key}={new.get(key)!r}, was {was.get(key)!r}"
-        for key in sorted({*was, *new})
-        if was.get(key) != new.get(key) and key.split(".")[0] not in ("engine", "output", "name")
-    ]
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one with dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return found
 
 
 @contextmanager

@@ -42,12 +42,14 @@ class Postprocessor:
     """One transform at the seam. By default it changes nothing, and remembers nothing.
 
     individual: it must see each client's reply in ``enter``; else means over clients will do.
-    always: ``enter`` gives a reply even where no client did. remembers: clients keep something of
+    always: ``enter`` gives a reply even where no client did. tells: scalars that it reads in
+    replies. remembers: clients keep something of
     it between rounds.
     """
 
     individual: bool = False
     always: bool = False
+    tells: tuple[str, ...] = ()
     remembers: bool = False
 
     def announce(self, sent: Messages) -> Messages:
@@ -92,6 +94,10 @@ class Chain(Postprocessor):
     @property
     def always(self) -> bool:  # type: ignore[override]
         return any(link.always for link in self.links)
+
+    @property
+    def tells(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(name for link in self.links for name in link.tells)
 
     @property
     def remembers(self) -> bool:  # type: ignore[override]
@@ -144,6 +150,17 @@ def updates(sent: Messages, reply: Messages) -> dict[str, Tree]:
         }
         for part, tree in reply.trees.items()
     }
+
+
+def norms(sent: Messages, reply: Messages) -> Tensor:
+    """The Euclidean norm of each reply's update, float64 ``[K]``; one tensor at a time."""
+    total = torch.zeros(len(reply), dtype=torch.float64)
+    for part, tree in reply.trees.items():
+        for name, value in tree.items():
+            was = _was(sent, part, name, value.shape[1:]).to(value.device, torch.float32)
+            moved = (value.float() - was).reshape(len(reply), -1)
+            total += torch.linalg.vector_norm(moved, dim=1).cpu().double().square()
+    return total.sqrt()
 
 
 def applied(sent: Messages, moved: Mapping[str, Tree]) -> dict[str, Tree]:

@@ -43,7 +43,7 @@ from fedpeft.privacy.client_level import ClientLevel
 from fedpeft.privacy.compatibility import check_compatible
 from fedpeft.privacy.randomness import Randomness
 from fedpeft.privacy.record_level import RecordLevel
-from fedpeft.privacy.terms import Terms, clipped_for_sums, terms_of
+from fedpeft.privacy.terms import Terms, check_delta, clipped_for_sums, terms_of
 from fedpeft.robust.settings import Robust
 from fedpeft.secure import SecureFederation
 from fedpeft.strategy import Messages, Problem, Strategy, build
@@ -316,6 +316,7 @@ def assemble(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Prepared:
     """What ``prepare`` makes of its parts, whatever they come from; chooses the lane."""
+    check_delta(recipe.privacy, population.clients.roster.numbers)
     looped = recipe.engine.kind == "sequential"
     lane = LoopLane(network.model) if looped else choose_lane(network, population.examples)
     lane = speed_up(lane, recipe.engine)

@@ -98,6 +98,22 @@ def public_reason(text: str) -> str:
     return redact(text if kind in _OWN_ERRORS else f"{kind} (the traceback is in the node's log)")
 
 
+_IN_RECIPES = re.compile(
+    r"hf_[A-Za-z0-9]{8,}"  # of the Hugging Face hub
+    r"|(?i:\b\w*(?:token|password|secret|api_?key)=)[^\s'\"]+"
+    r"|(?<=://)[^/\s@]+(?=@)"  # who asks, in an address
+)
+
+
+def without_secrets(text: str) -> str:
+    """The text without what looks like a secret, paths and all else left: for who may see them.
+
+    >>> without_secrets("cannot read https://me:pass@example.org?token=abc as hf_abcdefgh123")
+    'cannot read https://[secret]@example.org?[secret] as [secret]'
+    """
+    return _IN_RECIPES.sub("[secret]", text)
+
+
 def _from_data(error: BaseException) -> bool:
     """Whether an error, or one that it was made of, was raised by the code that reads data."""
     seen: BaseException | None = error

@@ -117,6 +117,7 @@ class Strategy(ABC, Generic[S]):
     a step of its own (a server optimizer, a merge of task vectors).
     codable: the numbers that it sends are weights or updates, which a codec may round; without it
     each means something by itself.
+    tells: scalars that ``receive`` reads in replies, beside their weight.
     exchanges: how often in a round ``send``, ``train``, ``receive`` follow each other, with the
     clients whose replies to the exchange before were valid.
     """
@@ -131,6 +132,7 @@ class Strategy(ABC, Generic[S]):
     walks: ClassVar[bool] = False
     averages: ClassVar[bool] = True
     codable: ClassVar[bool] = True
+    tells: ClassVar[tuple[str, ...]] = ()
     exchanges: ClassVar[int] = 1
 
     @abstractmethod

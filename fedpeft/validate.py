@@ -5,7 +5,8 @@ What fails excludes that client from that round, with a reason; the others go on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -13,6 +14,9 @@ from fedpeft import tree
 from fedpeft.errors import ReplyError
 from fedpeft.strategy import Messages
 from fedpeft.tree import Tree
+
+LOSS = "loss"
+"""The one scalar of a reply that only tells: where it is not finite, the update stays."""
 
 
 def check_names(stack: Messages, like: Mapping[str, Tree]) -> None:
@@ -49,12 +53,16 @@ def _first_bad_tensor(stack: Messages, k: int) -> str:
 
 
 def check_stack(
-    stack: Messages, like: Mapping[str, Tree], weights: Mapping[str, float]
+    stack: Messages,
+    like: Mapping[str, Tree],
+    weights: Mapping[str, float],
+    tells: Sequence[str] = ("weight",),
 ) -> tuple[Messages, dict[str, str]]:
     """The valid rows of a stack of replies, and why the others were excluded.
 
     like: the trees that a reply must hold, unstacked. weights: the aggregation weight that each
-    client is registered with; a reply that claims another is refused.
+    client is registered with; a reply that claims another is refused. So is one with a scalar that
+    is not finite, but for the loss, which no aggregate reads. tells: scalars that must be there.
     """
     try:
         check_names(stack, like)
@@ -66,16 +74,19 @@ def check_stack(
         if own:
             finite &= tree.finite_rows(own).cpu()
     claimed = stack.scalars.get("weight")
+    lacking = [name for name in tells if name not in stack.scalars]
     for k, client in enumerate(stack.clients):
         if not finite[k]:
             reasons[client] = f"NaN or Inf in tensor {_first_bad_tensor(stack, k)!r}"
-        elif claimed is None:
-            reasons[client] = "the scalar 'weight' is missing from the reply"
+        elif claimed is None or lacking:
+            reasons[client] = f"the scalar {lacking[0]!r} is missing from the reply"
         elif client not in weights:
             reasons[client] = "it did not take part in this round"
         elif float(claimed[k]) != weights[client]:
             reasons[client] = (
                 f"weight {float(claimed[k])} claimed, but it is registered with {weights[client]}"
             )
+        elif bad := [n for n, v in stack.scalars.items() if n != LOSS and not math.isfinite(v[k])]:
+            reasons[client] = f"NaN or Inf in the scalar {bad[0]!r}"
     good = [k for k, client in enumerate(stack.clients) if client not in reasons]
     return (stack if len(good) == len(stack) else stack.rows(good)), reasons

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class HetLoRA(Strategy[State]):
     client_ranks: client -> its rank, for the ones that are known. gamma, penalty, least: of the
     paper's gamma, lambda and r_min.
     """
+
+    tells: ClassVar[tuple[str, ...]] = ("rank",)
 
     ranks: list[int] = field(default_factory=list)
     client_ranks: dict[str, int] = field(default_factory=dict)

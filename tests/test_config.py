@@ -261,7 +261,7 @@ BOUNDS = {
     "evaluation.every output.checkpoint_every output.keep",
     "above 0 and finite": "local.lr partition.alpha privacy.clip_norm privacy.clip_rate "
     "secure_aggregation.clip_norm",
-    "at least 0 and finite": "local.weight_decay local.clip_norm",
+    "at least 0 and finite": "local.weight_decay local.clip_norm rounds.reject_norm",
     "above 0 and below 1": "privacy.delta privacy.quantile",
     "at least 0 and below 1": "data.holdout rounds.failure_rate local.momentum local.warmup",
     "above 0 and at most 1": "rounds.sampling.fraction rounds.sampling.rate",

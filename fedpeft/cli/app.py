@@ -98,7 +98,8 @@ def run(
     local.lr=1e-3, or 'adapter.target_modules=[query,value]' with quotes for the shell.
 
     Ctrl-C leaves a run that `fedpeft resume` goes on with. Exit codes: 0 done, 1 a defect of
-    fedpeft, 2 a fault in what was given, 3 too few valid replies in a round, 130 interrupted.
+    fedpeft, 2 a fault in what was given, 3 too few valid replies in a round, 130 interrupted, 143
+    ended by SIGTERM.
     """
 
     def start(watcher: Watcher) -> Summary:
@@ -113,6 +114,10 @@ def run(
 @app.command(short_help="Go on with a run that was stopped.")
 def resume(
     folder: Annotated[str, typer.Argument(metavar="RUN", hidden=True)],
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Go on though KEY of RUN/recipe.yaml was changed."),
+    ] = None,
     quiet: QuietFlag = False,
     json: JsonFlag = False,
     verbose: VerboseFlag = False,
@@ -126,8 +131,10 @@ def resume(
     """
 
     def start(watcher: Watcher) -> Summary:
+        from fedpeft.record.folder import RunFolder
         from fedpeft.run import resume
 
+        RunFolder.open(Path(folder)).allow(allow_change or [])
         return resume(folder, watcher)
 
     play(start, _mode(quiet, json, verbose, log, metrics_port))

@@ -6,16 +6,21 @@
 2     a fault in what the user gave: one paragraph (argument errors as well)
 3     a round had too few valid replies; the run can be resumed
 130   interrupted (Ctrl-C); the run can be resumed
+143   ended by SIGTERM; the run can be resumed
 ====  ==========================================================================
 """
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import click
 import typer
@@ -23,8 +28,41 @@ from rich.console import Console
 from rich.text import Text
 
 from fedpeft.errors import FedpeftError, QuorumError
+from fedpeft.redact import without_secrets
 
-DEFECT, FAULT, QUORUM, INTERRUPTED = 1, 2, 3, 130
+DEFECT, FAULT, QUORUM, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM; whatever cleans up after Ctrl-C does so after this."""
+
+
+@contextmanager
+def signals() -> Iterator[None]:
+    """SIGTERM ends what is inside as Ctrl-C does; a second signal of either ends the process now.
+
+    In other threads than the main one Python takes no signals, and nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kinds = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+
+    def first(number: int, frame: FrameType | None) -> None:
+        for own in kinds:
+            signal.signal(own, _now)
+        raise kinds[signal.Signals(number)]
+
+    before = {number: signal.signal(number, first) for number in kinds}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _now(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + number)
 
 
 @contextmanager
@@ -39,9 +77,9 @@ def reported(
         yield
     except (typer.Exit, click.ClickException, BrokenPipeError):
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         _say(f"interrupted.{_way_on(folder)}", verbose)
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED) from None
     except QuorumError as error:
         _say(f"error: {error}{_way_on(folder)}", verbose)
         raise typer.Exit(QUORUM) from None
@@ -59,9 +97,9 @@ def reported(
 
 def _say(text: str, trace: bool) -> None:
     if trace:
-        sys.stderr.write(traceback.format_exc())
+        sys.stderr.write(without_secrets(traceback.format_exc()))
     console = Console(stderr=True, highlight=False)
-    console.print(Text(text, "red"), soft_wrap=not console.is_terminal)
+    console.print(Text(without_secrets(text), "red"), soft_wrap=not console.is_terminal)
 
 
 def _way_on(folder: Callable[[], str | None] | None) -> str:

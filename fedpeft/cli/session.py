@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fedpeft.cli import logs
 from fedpeft.cli.bars import Bars
-from fedpeft.cli.failures import reported
+from fedpeft.cli.failures import reported, signals
 
 if TYPE_CHECKING:
     from fedpeft.cli.jsonl import Json
@@ -48,7 +48,7 @@ def play(start: Callable[[Watcher], Summary], mode: Mode) -> None:
     def folder() -> str | None:
         return watchers[0].folder if watchers else None
 
-    with reported(mode.verbose, folder), contextlib.ExitStack() as stack:
+    with reported(mode.verbose, folder), signals(), contextlib.ExitStack() as stack:
         stack.enter_context(logs.shown(human, mode.quiet, mode.verbose))
         if mode.json:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))

@@ -14,7 +14,9 @@ was written by another party: every field is checked before it is used.
 
 from __future__ import annotations
 
+import functools
 import io
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -30,6 +32,9 @@ from fedpeft import tree as trees
 from fedpeft.errors import ReplyError
 from fedpeft.strategy import Message, Messages
 from fedpeft.tree import Tree
+from fedpeft.validate import LOSS
+
+log = logging.getLogger(__name__)
 
 NPY = "numpy.ndarray"
 """Serialisation type of everything that NumPy has a type for; Flower's own name for it."""
@@ -115,6 +120,8 @@ def decode(content: RecordDict, limit: int = MAX_BYTES) -> tuple[Message, Header
         raise ReplyError(f"record {missing[0]!r} is missing")
     numbers = {}
     for name, value in scalars.items():
+        if name == LOSS and not isinstance(value, float):
+            continue  # it only tells; see validate
         if not isinstance(value, float):
             raise ReplyError(f"scalar {name!r} is of type {type(value).__name__}, not float")
         numbers[name] = value
@@ -198,6 +205,8 @@ def _check_version(theirs: object) -> None:
         raise ReplyError(f"header field 'version' is {str(theirs)[:40]!r}, no version of fedpeft")
     own, other = ([int(n) for n in _FIRST.findall(v)[:2]] for v in (__version__, theirs))
     if own[0] == other[0] and (own[0] > 0 or own[1] == other[1]):
+        if theirs != __version__:
+            _warn(theirs)
         return
     newer = "newer" if other > own else "older"
     raise ReplyError(
@@ -207,6 +216,13 @@ def _check_version(theirs: object) -> None:
 
 
 _FIRST = re.compile(r"\d+", re.ASCII)
+
+
+@functools.cache  # once for each version
+def _warn(theirs: str) -> None:
+    log.warning("the other side has fedpeft %s, this one %s", theirs, __version__)
+
+
 _VERSION = re.compile(
     r"\d{1,4}\.\d{1,4}(?:\.\d{1,4})?(?:[A-Za-z.+-][A-Za-z0-9.+-]{0,40})?", re.ASCII
 )

@@ -16,13 +16,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, Queue
 from typing import Any, TypeVar
 
 import ray
 import torch
 from flwr.app import Context
+from flwr.server.superlink.fleet.vce.backend import raybackend
 from flwr.server.superlink.fleet.vce.backend.backend import BackendConfig
+from flwr.server.superlink.fleet.vce.backend.raybackend import RayBackend
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from flwr.supercore import telemetry
@@ -30,7 +33,9 @@ from flwr.supercore import telemetry
 from fedpeft import cluster
 from fedpeft.config import Recipe
 from fedpeft.errors import FedpeftError
+from fedpeft.flower.backend import ReplacingBackend
 from fedpeft.flower.client_app import simulated
+from fedpeft.flower.courier import Patience
 from fedpeft.flower.federation import Digests, FlowerFederation
 
 T = TypeVar("T")
@@ -67,23 +72,26 @@ def run_in_simulation(
     workers: int,
     body: Callable[[FlowerFederation], T],
     digests: Digests | None = None,
+    patience: Patience | None = None,
 ) -> T:
     """What ``body`` returns, given the federation of the recipe's clients on simulated nodes.
 
     nodes: the number of clients. workers: clients that train at the same time (0: one per CPU
-    core). digests: as in FlowerFederation. Exceptions of ``body`` come through. Whatever happens,
-    no process is left behind.
+    core). digests, patience: as in FlowerFederation; a client that takes longer than its reply may
+    is killed. Exceptions of ``body`` come through. Whatever happens, no process is left behind.
     """
     if ray.is_initialized():
         raise FedpeftError(
             "engine.kind=flower starts Ray itself, but Ray is running in this process: call "
             "ray.shutdown() first."
         )
-    simulation = _Simulation(divide(recipe, nodes, workers), nodes)
+    patience = patience or Patience()
+    simulation = _Simulation(divide(recipe, nodes, workers), nodes, patience.reply)
     with _quiet(simulation):
         try:
             grid = simulation.start()
-            return body(FlowerFederation(grid, recipe, nodes, digests, alive=simulation.check))
+            check = simulation.check
+            return body(FlowerFederation(grid, recipe, nodes, digests, patience, alive=check))
         finally:
             simulation.stop()
 
@@ -91,9 +99,10 @@ def run_in_simulation(
 class _Simulation:
     """Flower's simulation in a thread of its own; it lives from ``start`` to ``stop``."""
 
-    def __init__(self, shares: Shares, nodes: int) -> None:
+    def __init__(self, shares: Shares, nodes: int, seconds: float) -> None:
         self._shares = shares
         self._nodes = nodes
+        self._seconds = seconds  # that a client may take
         self._grid: Queue[Grid] = Queue()
         self._over = threading.Event()
         self._crash: BaseException | None = None
@@ -130,11 +139,11 @@ class _Simulation:
             if self._thread.ident is not None:
                 self._thread.join(GRACE)
         finally:
-            if self._thread.is_alive():
-                with redirect_stdout(io.StringIO()):  # Ray reports each death there
+            with redirect_stdout(io.StringIO()):  # Ray reports each death there
+                while self._thread.is_alive():
                     for process in cluster.processes("ray::ClientAppActor"):
                         process.kill()
-                    self._thread.join()
+                    self._thread.join(1.0)
             cluster.stop()
 
     def _simulate(self) -> None:
@@ -148,10 +157,16 @@ class _Simulation:
         config: BackendConfig = {
             "client_resources": {"num_cpus": self._shares.cpus, "num_gpus": self._shares.gpus}
         }
+        # Flower looks its backend up under this name, and has no other place to give one.
+        raybackend.RayBackend = partial(  # type: ignore[misc,assignment]
+            ReplacingBackend, seconds=self._seconds, over=self._over
+        )
         try:
             run_simulation(server, simulated, self._nodes, backend_config=config)
         except BaseException as error:
             self._crash = error
+        finally:
+            raybackend.RayBackend = RayBackend  # type: ignore[misc]
 
 
 @contextmanager

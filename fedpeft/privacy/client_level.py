@@ -93,6 +93,10 @@ class ClientLevel(Postprocessor):
     def always(self) -> bool:  # type: ignore[override]
         return self.place == "server"
 
+    @property
+    def tells(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (BELOW,) if self.adaptive else ()
+
     def reach(self, sent: Messages) -> float:
         """No number of what leaves a client in reply to ``sent`` is larger, noise included.
 

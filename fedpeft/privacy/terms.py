@@ -78,6 +78,17 @@ class Terms:
         return self.release if self.whole_run else Repeated(self.release, self.rounds)
 
 
+def check_delta(privacy: Privacy, sizes: np.ndarray) -> None:
+    """Raises FedpeftError for a delta that protects none of clients of these sizes."""
+    units = {"record": int(sizes.sum()), "client": len(sizes), "none": 0}[privacy.unit]
+    if privacy.delta * units >= 1:
+        raise FedpeftError(
+            f"privacy.delta={privacy.delta} must be below one over the number of {privacy.unit}s "
+            f"that are protected, {units}: such a delta allows one of them to be published. Take "
+            f"{0.1 / units:.0e} or less."
+        )
+
+
 def terms_of(recipe: Recipe, sizes: np.ndarray, exchanges: int) -> Terms | None:
     """The terms of a recipe with clients of these numbers of examples; None without privacy.
 
@@ -87,13 +98,7 @@ def terms_of(recipe: Recipe, sizes: np.ndarray, exchanges: int) -> Terms | None:
     privacy = recipe.privacy
     if privacy.unit == "none":
         return None
-    units = int(sizes.sum()) if privacy.unit == "record" else len(sizes)
-    if privacy.delta * units >= 1:
-        raise FedpeftError(
-            f"privacy.delta={privacy.delta} must be below one over the number of {privacy.unit}s "
-            f"that are protected, {units}: such a delta allows one of them to be published. Take "
-            f"{0.1 / units:.0e} or less."
-        )
+    check_delta(privacy, sizes)
     rounds, sampled = _participation(recipe)
     randomness = randomness_of(recipe)
     if privacy.unit == "record":

@@ -221,7 +221,8 @@ def _bytes(path: Path) -> bytes:
 
 def _found(folder: Path) -> list[tuple[int, int, Path]]:
     """Checkpoints by round; of one round, by attempt."""
-    names = [(p, _NAME.fullmatch(p.name)) for p in folder.glob("round-*")]
+    own = (p for p in folder.glob("round-*") if not p.is_symlink())  # no way out of the folder
+    names = [(p, _NAME.fullmatch(p.name)) for p in own]
     return sorted((int(m[1]), int(m[2] or 0), p) for p, m in names if m)
 
 

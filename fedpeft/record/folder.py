@@ -5,6 +5,7 @@
     run.json           the mark: {"kind": "fedpeft run", "schema": 1, "run": its identity, random,
                        "deployed": whether its clients are a deployment's sites}
     recipe.yaml        the resolved recipe, complete
+    begun.yaml         the same as the run began with it, for a resume to compare
     environment.json   versions and hardware
     data.json          {"fingerprint": SHA-256 of the tokenised, partitioned data}
     metrics.jsonl      see metrics_log
@@ -16,12 +17,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import secrets
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml  # type: ignore[import-untyped]
 
 from fedpeft.errors import FedpeftError, suggest
 from fedpeft.record import environment
@@ -31,6 +38,8 @@ from fedpeft.record.metrics_log import MetricsLog
 SCHEMA = 1
 _MARK = "run.json"
 _KIND = "fedpeft run"
+_RECIPE, _BEGUN = "recipe.yaml", "begun.yaml"
+_FREE = ("name", "engine", "output")  # sections that change no result
 
 
 @dataclass(frozen=True)
@@ -43,13 +52,14 @@ class RunFolder:
     def create(path: Path, overwrite: bool = False, deployed: bool = False) -> RunFolder:
         """A new run's folder, at a place that does not exist or is an empty folder.
 
-        With ``overwrite``, a run folder there is emptied first; anything else is never touched.
-        Raises FedpeftError.
+        With ``overwrite``, a run folder there is emptied first, unless a run is at work in it;
+        anything else is never touched. Raises FedpeftError.
         """
         RunFolder.check(path, overwrite)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _empty(path)
+            with RunFolder(path).lock():
+                _empty(path)
         except OSError as error:
             raise failed_write(error, path, "Choose another output.folder.") from error
         mark = {"kind": _KIND, "schema": SCHEMA, "run": secrets.token_hex(8), "deployed": deployed}
@@ -131,13 +141,73 @@ class RunFolder:
 
     def describe(self, recipe: str, fingerprint: str) -> None:
         """Records the resolved recipe (YAML), the environment and the data's fingerprint."""
-        replace(self.path / "recipe.yaml", recipe.encode())
+        replace(self.path / _RECIPE, recipe.encode())
+        replace(self.path / _BEGUN, recipe.encode())
         _write_json(self.path / "environment.json", environment.describe())
         _write_json(self.path / "data.json", {"fingerprint": fingerprint})
 
     def recipe(self) -> str:
-        """The recorded recipe (YAML). Raises FedpeftError where the run did not get that far."""
-        return self._recorded("recipe.yaml")
+        """The recorded recipe (YAML).
+
+        Raises FedpeftError where the run did not get that far, and, with a list of the changes,
+        where the file has been changed since in what changes the result.
+        """
+        changes = self.changes()
+        if changes:
+            listed = "; ".join(f"{key}: {was!r} -> {now!r}" for key, (was, now) in changes.items())
+            allow = " ".join(f"--allow-change {key}" for key in changes)
+            raise FedpeftError(
+                f"{self.path / _RECIPE} is not the recipe that the run began with: {listed}. "
+                f"Restore it, or mean the change: `fedpeft resume {self.path} {allow}`."
+            )
+        return self._recorded(_RECIPE)
+
+    def allow(self, keys: Sequence[str]) -> None:
+        """Takes changes of these keys of the recipe as meant, from now on.
+
+        Raises FedpeftError for a key that has not changed.
+        """
+        changes = self.changes()
+        for key in keys:
+            if key not in changes:
+                raise FedpeftError(
+                    f"--allow-change {key}: this key of {self.path / _RECIPE} has not changed "
+                    f"since the run began. Changed: {', '.join(changes) or '(none)'}."
+                )
+        if keys and not changes.keys() - set(keys):
+            replace(self.path / _BEGUN, self._recorded(_RECIPE).encode())
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """The folder for this run alone. Raises FedpeftError where another run has it.
+
+        The kernel holds the lock and lets it go with the process, however that ends.
+        """
+        handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise FedpeftError(
+                    f"output.folder={self.path}: another run is at work in it. Wait for its end, "
+                    "or choose another output.folder."
+                ) from None
+            yield
+        finally:
+            os.close(handle)
+
+    def changes(self, recipe: str | None = None) -> dict[str, tuple[object, object]]:
+        """Key -> its value when the run began, and in ``recipe``; of what changes the result.
+
+        recipe: YAML; without one, what the folder holds now. Folders of earlier versions do not say
+        what the run began with.
+        """
+        if not (self.path / _BEGUN).is_file():
+            return {}
+        was = _flat(self._recorded(_BEGUN))
+        now = _flat(self._recorded(_RECIPE) if recipe is None else recipe)
+        keys = sorted(key for key in {*was, *now} if key.split(".")[0] not in _FREE)
+        return {k: (was.get(k), now.get(k)) for k in keys if was.get(k) != now.get(k)}
 
     def check_data(self, fingerprint: str) -> None:
         """Raises FedpeftError unless the data are those that the run began with."""
@@ -156,6 +226,19 @@ class RunFolder:
                 f"{self.path} has no {name}: the run stopped before its first round. Start it "
                 "again with output.overwrite=true."
             ) from None
+
+
+def _flat(text: str) -> dict[str, object]:
+    """The values of a recipe by dotted key."""
+    found: dict[str, object] = {}
+    todo = [("", yaml.safe_load(text))]
+    while todo:
+        key, value = todo.pop()
+        if isinstance(value, dict) and (value or not key):
+            todo.extend((f"{key}.{name}".lstrip("."), below) for name, below in value.items())
+        else:
+            found[key] = value
+    return found
 
 
 def _empty(path: Path) -> None:

@@ -60,7 +60,7 @@ class WorkersFederation:
             for item in items:
                 if isinstance(item, Averaged):
                     replies = unpack_messages(item.replies)
-                    yield Partial(replies, item.clients, item.up, item.excluded)
+                    yield Partial(replies, item.clients, item.up, item.excluded, item.zeros)
                 elif isinstance(item, Parcel):
                     yield unpack_messages(item)
                 elif isinstance(item, Failure):

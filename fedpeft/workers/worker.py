@@ -77,6 +77,7 @@ class Averaged:
     clients: int
     up: tuple[Entry, ...]
     excluded: Mapping[str, str]
+    zeros: tuple[str, ...]
 
 
 Item = Parcel | Averaged | Failure | dict[str, Score]
@@ -142,7 +143,8 @@ def _train(
     sizes, rounds = federation.clients(), prepared.recipe.rounds
     intake = intake_of(prepared.strategy, [messages], sizes, rounds)
     found = intake.partial(stream, task.name)
-    yield Averaged(pack_messages(found.replies), found.clients, found.up, found.excluded)
+    own = pack_messages(found.replies)
+    yield Averaged(own, found.clients, found.up, found.excluded, found.zeros)
 
 
 def _check(own: Digests, wanted: Digests) -> None:

@@ -29,6 +29,7 @@ from fedpeft.privacy.events import (
     from_json,
 )
 from fedpeft.privacy.ledger import Budget, Ledger
+from fedpeft.record.folder import RunFolder
 from fedpeft.run import resume, run
 from tests.privacy.federated import charged, rounds_of
 from tests.tiny import tiny_recipe, write_tiny
@@ -146,6 +147,9 @@ def test_a_resume_with_an_edited_recipe_is_refused(files: Path, tmp_path: Path) 
     written = yaml.safe_load(path.read_text())
     written["privacy"]["epsilon"] = 40.0
     path.write_text(yaml.safe_dump(written))
+    with pytest.raises(FedpeftError, match=r"privacy\.epsilon: 4\.0 -> 40\.0.*Restore"):
+        resume(str(out), Watcher())
+    RunFolder.open(out).allow(["privacy.epsilon"])
     with pytest.raises(FedpeftError, match=r"other terms of privacy.*Restore them"):
         resume(str(out), Watcher())
 

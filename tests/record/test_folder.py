@@ -31,7 +31,13 @@ def used(path: Path) -> RunFolder:
 def test_a_new_folder_is_made_with_its_parents_and_found_again(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "runs" / "a")
     folder.describe("name: ä\n", "f1")
-    assert listing(folder.path) == ["data.json", "environment.json", "recipe.yaml", "run.json"]
+    assert listing(folder.path) == [
+        "begun.yaml",
+        "data.json",
+        "environment.json",
+        "recipe.yaml",
+        "run.json",
+    ]
     again = RunFolder.open(tmp_path / "runs" / "a")
     assert again == folder
     assert again.recipe() == "name: ä\n"
