@@ -35,6 +35,7 @@ from tests.faults.federated import (
     play,
     recipe_of,
     same,
+    skipped,
 )
 from tests.faults.register import fault
 from tests.flower.nodes import InProcess
