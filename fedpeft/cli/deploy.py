@@ -69,6 +69,15 @@ def up(
     local: Annotated[
         bool, typer.Option("--local", help="All machines are this one; needed so far.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that was stopped.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start again what dies, and go on with the run.")
+    ] = False,
+    run_config: Annotated[
+        str, typer.Option(metavar="TEXT", help="Further run config, as 'reply-timeout=60'.")
+    ] = "",
     verbose: VerboseFlag = False,
 ) -> None:
     """Run a federation on this machine, over loopback, with TLS and node authentication.
@@ -86,9 +95,10 @@ def up(
                 f"{folder / 'README.md'} says; add --local to try them here.",
                 param_hint="--local",
             )
-        from fedpeft.deploy.local import up
+        from fedpeft.deploy.local import Settings, up
 
-        done = up(folder, lambda line: screen.print(Text(line), soft_wrap=True))
+        settings = Settings(resume, restart, run_config)
+        done = up(folder, lambda line: screen.print(Text(line), soft_wrap=True), settings)
         screen.print(
             f"completed in {done.seconds:.1f} s, {size(done.down)} to the sites, "
             f"{size(done.up)} from them. The adapter is in {done.adapter}",

@@ -10,20 +10,21 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedpeft.deploy import commands, trial
 from fedpeft.deploy.create import RUN
 from fedpeft.deploy.layout import SERVER, SITES, Deployment, read
-from fedpeft.deploy.processes import Process, Processes, interruptible
+from fedpeft.deploy.processes import Process, Processes, interruptible, stop
 from fedpeft.errors import FedpeftError
 
 HOST = "127.0.0.1"
@@ -39,6 +40,9 @@ LOOK_SECONDS = 0.5
 """Between two looks at the run's log."""
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+FAILS = 3
+"""Ends of a run without a checkpoint more, after which it is not started again."""
 
 VIEWS = 5
 """How often the log is asked for where it ends before the run does."""
@@ -60,7 +64,21 @@ class Outcome:
     up: int
 
 
-def up(folder: Path, say: Say) -> Outcome:
+@dataclass(frozen=True)
+class Settings:
+    """How a trial goes.
+
+    resume: go on with the run in the server's folder. restart: start again what dies, as systemd
+    would, and go on with a run that ended with it. run_config: further run config of Flower's, as
+    ``reply-timeout=60``.
+    """
+
+    resume: bool = False
+    restart: bool = False
+    run_config: str = ""
+
+
+def up(folder: Path, say: Say, settings: Settings | None = None) -> Outcome:
     """Starts server and sites, plays the recipe once, ends all processes.
 
     folder: of ``create.init``; its ``logs/`` gets what each process prints. say: called with every
@@ -72,12 +90,13 @@ def up(folder: Path, say: Say) -> Outcome:
     deployment = read(folder)
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
+    own = settings or Settings()
     with contextlib.ExitStack() as stack:
         stack.enter_context(interruptible())
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedpeft-")))
         processes = stack.enter_context(Processes(logs, environment(len(deployment.sites))))
         stack.callback((logs / trial.NOTE).unlink, missing_ok=True)
-        return _Federation(folder, deployment, scratch, processes, say).play()
+        return _Federation(folder, deployment, scratch, processes, say, own).play()
 
 
 @dataclass
@@ -87,6 +106,8 @@ class _Federation:
     scratch: Path
     processes: Processes
     say: Say
+    settings: Settings
+    lost: set[str] = field(default_factory=set)
 
     def play(self) -> Outcome:
         port, *ports = free_ports(1 + len(self.deployment.sites))
@@ -95,21 +116,12 @@ class _Federation:
         names = self.deployment.sites
         for site in names:
             self._flwr(commands.register(site))
-        sites = [self._stay(site) for site in names]
-        sites += [self._join(site, port, own) for site, own in zip(names, ports, strict=True)]
+        for site in names:
+            self._stay(site)
+        for site, own in zip(names, ports, strict=True):
+            self._join(site, port, own)
         self.say(f"{len(names)} sites are started: {', '.join(names)}")
-        command = commands.run(self.deployment, f"join-timeout={JOIN_SECONDS}")
-        run = str(self._flwr(command)["run-id"])
-        for _ in range(VIEWS):
-            self._follow(run, server, sites)
-            [found] = self._flwr(["flwr", "list", commands.CONNECTION, "--run-id", run])["runs"]
-            if found["status"].startswith("finished"):
-                break
-        if found["status"] != COMPLETED:
-            raise FedpeftError(
-                f"the run ended as {found['status']} ({found['status-details']}): see "
-                f"{self.folder / 'logs'}."
-            )
+        found = self._played(server, port)
         traffic = found["network-traffic"]
         return Outcome(
             self.folder / SERVER / RUN / "adapter",
@@ -118,13 +130,47 @@ class _Federation:
             int(traffic["inbound-bytes"]),
         )
 
+    def _played(self, server: Process, port: int) -> Any:
+        """What Flower says of the run that was completed, the last of those that it took."""
+        resume, fails, before = self.settings.resume, 0, self._progress()
+        while True:
+            found = self._once(server, port, resume)
+            if found["status"] == COMPLETED:
+                return found
+            now = self._progress()
+            fails = 1 if now != before else fails + 1
+            text = f"the run ended as {found['status']} ({found['status-details']})"
+            if not self.settings.restart or fails > FAILS:
+                raise FedpeftError(f"{text}: see {self.folder / 'logs'}.")
+            before, resume = now, bool(now)
+            self.say(f"{text}: {'going on from its last checkpoint' if resume else 'once more'}")
+
+    def _progress(self) -> list[str]:
+        """The checkpoints of the run in the server's folder."""
+        return sorted(p.name for p in (self.folder / SERVER / RUN / "checkpoints").glob("round-*"))
+
+    def _once(self, server: Process, port: int, resume: bool) -> Any:
+        """What Flower says of one run of its own, from its submission to its end."""
+        own = self.settings.run_config
+        more = [own, f"resume={str(resume).lower()}"]
+        if "join-timeout" not in own:
+            more.append(f"join-timeout={JOIN_SECONDS}")
+        command = commands.run(self.deployment, " ".join(filter(None, more)))
+        run = str(self._flwr(command)["run-id"])
+        for _ in range(VIEWS):
+            self._follow(run, server, port)
+            [found] = self._flwr(["flwr", "list", commands.CONNECTION, "--run-id", run])["runs"]
+            if found["status"].startswith("finished"):
+                break
+        return found
+
     def _serve(self, port: int) -> Process:
         home = self.scratch / SERVER
         home.mkdir()
         certificate = str(self.folder / SERVER / "ca.crt")
         text = commands.connection(f"{HOST}:{port}", certificate)
         (home / "config.toml").write_text(text, encoding="utf-8")
-        command = commands.superlink(HOST, port)
+        command = [*commands.superlink(HOST, port), "--database", str(home / "superlink.db")]
         server = self._start("server", command, self.folder / SERVER, home)
         server.until(lambda: listens(port), "it listened", COMMAND_SECONDS)
         trial.note(self.folder / "logs", f"{HOST}:{port}")
@@ -139,27 +185,42 @@ class _Federation:
         command = commands.supernode(self.deployment, site, f"{HOST}:{port}", own)
         return self._start(f"site-{site}", command, self.folder / SITES / site, self.scratch / site)
 
-    def _follow(self, run: str, server: Process, sites: Sequence[Process]) -> None:
+    def _follow(self, run: str, server: Process, port: int) -> None:
         """Shows the run's log until Flower says that it is at its end."""
         command = ["flwr", "log", run, commands.CONNECTION, "--stream"]
-        home = self.scratch / SERVER
+        home = self.scratch / "viewer"
+        home.mkdir(exist_ok=True)
+        shutil.copyfile(self.scratch / SERVER / "config.toml", home / "config.toml")
         viewer = self._start("run", command, self.folder / SERVER, home)
-        lost: set[str] = set()
         with viewer.log.open(encoding="utf-8", errors="replace") as lines:
             over = False
             while not over:
                 over = viewer.ended(LOOK_SECONDS)
                 for line in filter(None, (_COLOUR.sub("", line).rstrip() for line in lines)):
                     self.say(line)
-                if server.ended():
-                    raise FedpeftError(
-                        f"the server ended with {server.popen.returncode} in the middle of the "
-                        f"run: see {server.log}."
-                    )
-                for site in sites:
-                    if site.name not in lost and site.ended():
-                        lost.add(site.name)
-                        self.say(f"{site.name} ended with {site.popen.returncode}: see {site.log}")
+                over = self._tend(server, port) or over
+        stop([viewer.popen])
+        self.processes.started.remove(viewer)
+
+    def _tend(self, server: Process, port: int) -> bool:
+        """Sees to what has ended; whether the server was among it, and is there again."""
+        dead = [p for p in self.processes.started if p.name != "run" and p.ended()]
+        if server in dead and not self.settings.restart:
+            raise FedpeftError(
+                f"the server ended with {server.popen.returncode} in the middle of the run: see "
+                f"{server.log}."
+            )
+        for process in dead:
+            text = f"{process.name} ended with {process.popen.returncode}: see {process.log}"
+            if self.settings.restart:
+                self.say(f"{text}; it is started again")
+                self.processes.restart(process)
+            elif process.name not in self.lost:
+                self.lost.add(process.name)
+                self.say(text)
+        if server in dead:
+            server.until(lambda: listens(port), "it listened again", COMMAND_SECONDS)
+        return server in dead
 
     def _start(self, name: str, command: Sequence[str], folder: Path, home: Path) -> Process:
         return self.processes.start(name, [*_program(command[0]), *command[1:]], folder, home)

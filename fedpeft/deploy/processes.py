@@ -1,12 +1,14 @@
 """Processes that belong together: all their descendants end with them.
 
 Flower's programs start their children in sessions of their own, so that neither Ctrl-C nor a
-signal to a process group reaches them; here they are found by parentage.
+signal to a process group reaches them; here they are found by parentage. Those of a process that
+was killed have no parent any more, and are found by a mark in their environment.
 """
 
 from __future__ import annotations
 
 import contextlib
+import secrets
 import signal
 import subprocess
 import threading
@@ -26,13 +28,21 @@ GRACE = 5.0
 """Seconds that processes have to end by themselves, before they are killed."""
 
 
+MARK = "FEDPEFT_TRIAL"
+"""In the environment of everything that was started together, and by it."""
+
+
 @dataclass
 class Process:
-    """A process with a name, and the file that its output goes to."""
+    """A process with a name, and the file that its output goes to. again: times it was replaced."""
 
     name: str
     popen: subprocess.Popen[bytes]
     log: Path
+    command: Sequence[str] = ()
+    folder: Path = Path()
+    home: Path = Path()
+    again: int = 0
 
     def ended(self, seconds: float = 0.0) -> bool:
         """Waits so long for the process to end; whether it has."""
@@ -62,6 +72,7 @@ class Processes:
     logs: Path
     environment: Mapping[str, str]
     started: list[Process] = field(default_factory=list)
+    mark: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def __enter__(self) -> Processes:
         return self
@@ -69,22 +80,47 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         with _undisturbed():
             stop([process.popen for process in self.started])
+            self._sweep()
 
     def start(self, name: str, command: Sequence[str], folder: Path, home: Path) -> Process:
         """Starts a process in ``folder``, in a session of its own. home: of Flower's own files."""
         log = self.logs / f"{name}.log"
-        with log.open("wb") as out:
-            popen = subprocess.Popen(
+        log.unlink(missing_ok=True)
+        popen = self._open(log, command, folder, home)
+        self.started.append(Process(name, popen, log, command, folder, home))
+        return self.started[-1]
+
+    def restart(self, process: Process) -> None:
+        """Starts a process that ended once more, after what is left of its children is ended."""
+        self._sweep(process.home)
+        process.popen = self._open(process.log, process.command, process.folder, process.home)
+        process.again += 1
+
+    def _open(
+        self, log: Path, command: Sequence[str], folder: Path, home: Path
+    ) -> subprocess.Popen[bytes]:
+        with log.open("ab") as out:
+            return subprocess.Popen(
                 command,
                 cwd=folder,
-                env={**self.environment, "FLWR_HOME": str(home)},
+                env={**self.environment, MARK: f"{self.mark}:{home}", "FLWR_HOME": str(home)},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.started.append(Process(name, popen, log))
-        return self.started[-1]
+
+    def _sweep(self, home: Path | None = None) -> None:
+        """Kills what has no living parent among what was started; home: of this process's only."""
+        own = {p.popen.pid for p in self.started if p.popen.poll() is None}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                mark, _, place = process.environ().get(MARK, "").partition(":")
+                if mark != self.mark or (home is not None and place != str(home)):
+                    continue
+                above = {process.pid, *(parent.pid for parent in process.parents())}
+                if not above & own:
+                    process.kill()
 
 
 def stop(popens: Sequence[subprocess.Popen[bytes]], grace: float = GRACE) -> None:

@@ -129,12 +129,11 @@ def test_kill_9_of_the_process_that_plays_the_rounds(
 
 
 @fault(44, "K")
-@pytest.mark.xfail(reason="fault 44: the server of a deployment does not resume yet", strict=True)
 def test_a_server_that_was_killed_goes_on(tiny: Path, tmp_path: Path) -> None:
     """The SuperLink takes its ServerApp with it: what is left of either is the run folder."""
     recipe = recipe_of(tiny, tmp_path / "run")
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
-    config: Any = {"recipe": str(tmp_path / "recipe.yaml"), "join-timeout": 0.05}
+    config: Any = {"recipe": str(tmp_path / "recipe.yaml"), "join-timeout": 0.05, "enough": 1.0}
     context = Context(1, 0, {}, RecordDict(), config | {"reply-timeout": 5.0, "identities": ""})
     nodes = {10 + k: {"client": name} for k, name in enumerate(NAMES)}
 
@@ -146,7 +145,9 @@ def test_a_server_that_was_killed_goes_on(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         main(InProcess(nodes, killed), context)
     grid = InProcess(nodes)
+    context.run_config["resume"] = True
     main(grid, context)
+    context.run_config["resume"] = False
     asked = {decode(m.content)[1].round for m in grid.seen if m.metadata.message_type == "train"}
     assert asked == {3, 4}
     other = dataclasses.replace(recipe, output=Output(folder=str(tmp_path / "whole")))
@@ -302,7 +303,6 @@ def test_a_run_does_not_overwrite_one_that_is_at_work(tiny: Path, tmp_path: Path
 
 
 @fault(50, "E")
-@pytest.mark.xfail(reason="fault 50: run and resume do not hold the folder's lock yet", strict=True)
 @pytest.mark.parametrize("command", ["run", "resume"])
 def test_a_run_holds_its_folder(tiny: Path, tmp_path: Path, command: str) -> None:
     out, tried = tmp_path / "run", list[int]()

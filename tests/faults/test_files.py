@@ -48,11 +48,17 @@ def exported(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 Spoil = Callable[[Path], object]
 
 
+def unseal(folder: Path) -> None:
+    """As somebody else would write it."""
+    for name in ("fedpeft.json", "fedpeft-manifest.json"):
+        (folder / name).unlink()
+
+
 def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Spoil:
     """The weights written anew, as somebody else would: without fedpeft's seal."""
 
     def spoil(folder: Path) -> None:
-        (folder / "fedpeft.json").unlink()
+        unseal(folder)
         found = load_file(folder / WEIGHTS)
         change(found)
         save_file(found, folder / WEIGHTS)
@@ -62,7 +68,7 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Spoil:
 
 def config(change: Callable[[dict[str, Any]], object]) -> Spoil:
     def spoil(folder: Path) -> None:
-        (folder / "fedpeft.json").unlink()
+        unseal(folder)
         found = json.loads((folder / CONFIG).read_text())
         change(found)
         (folder / CONFIG).write_text(json.dumps(found))
@@ -73,7 +79,7 @@ def config(change: Callable[[dict[str, Any]], object]) -> Spoil:
 def raw(name: str, data: Callable[[bytes], bytes], sealed: bool = False) -> Spoil:
     def spoil(folder: Path) -> None:
         if not sealed:
-            (folder / "fedpeft.json").unlink()
+            unseal(folder)
         (folder / name).write_bytes(data((folder / name).read_bytes()))
 
     return spoil
@@ -96,49 +102,58 @@ class Payload:
 
 
 def as_pickle(folder: Path) -> None:
-    (folder / "fedpeft.json").unlink()
+    unseal(folder)
     (folder / WEIGHTS).unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Payload()))
 
 
 GIANT = (2**40).to_bytes(8, "little") + b"{}"
 ROWS: dict[str, tuple[Spoil, str]] = {
-    "cut short": (raw(WEIGHTS, lambda data: data[:-100]), f"{WEIGHTS} cannot be read"),
-    "empty": (raw(WEIGHTS, lambda data: b""), f"{WEIGHTS} cannot be read"),
-    "giant header": (raw(WEIGHTS, lambda data: GIANT), f"{WEIGHTS} cannot be read"),
-    "one bit": (raw(WEIGHTS, flip, sealed=True), f"{WEIGHTS} is not the file that was written"),
+    "cut short": (raw(WEIGHTS, lambda data: data[:-100]), f"{WEIGHTS}: it is no safetensors file"),
+    "empty": (raw(WEIGHTS, lambda data: b""), f"{WEIGHTS}: it is no safetensors file"),
+    "giant header": (raw(WEIGHTS, lambda data: GIANT), f"{WEIGHTS}: it is no safetensors file"),
+    "one bit": (raw(WEIGHTS, flip, sealed=True), f"{WEIGHTS!r} was changed"),
     "one bit of the configuration": (
         raw(CONFIG, lambda data: data.replace(b'"r": 2', b'"r": 3'), sealed=True),
-        f"{CONFIG} is not the file that was written",
+        f"{CONFIG!r} was changed",
     ),
     "nan": (
         weights(lambda f: first(f, lambda v: v * torch.nan)),
-        f"{WEIGHTS}: NaN or Inf in 'base",
+        "holds NaN or Inf",
     ),
     "more": (weights(lambda f: f.update(more=torch.ones(1))), "['more']"),
-    "float64": (weights(lambda f: first(f, torch.Tensor.double)), "has dtype torch.float64"),
-    "int8": (weights(lambda f: first(f, lambda v: v.to(torch.int8))), "has dtype torch.int8"),
-    "half": (weights(lambda f: [f.pop(n) for n in sorted(f)[::2]]), f"{WEIGHTS} lacks"),
-    "shape": (weights(lambda f: first(f, lambda v: v[:1].clone())), "does not fit"),
-    "broadcast": (weights(lambda f: first(f, lambda v: torch.ones(1))), "does not fit"),
-    "rank": (config(lambda c: c.update(r=16)), f"{CONFIG}: r is 16, here it is 2"),
+    "float64": (weights(lambda f: first(f, torch.Tensor.double)), "is of torch.float64"),
+    "int8": (weights(lambda f: first(f, lambda v: v.to(torch.int8))), "is of torch.int8"),
+    "half": (
+        weights(lambda f: [f.pop(n) for n in sorted(f)[::2]]),
+        f"{WEIGHTS}: tensors are missing",
+    ),
+    "shape": (weights(lambda f: first(f, lambda v: v[:1].clone())), "has shape"),
+    "broadcast": (weights(lambda f: first(f, lambda v: torch.ones(1))), "has shape"),
+    "rank": (config(lambda c: c.update(r=16)), f"{CONFIG}: r is 16, the recipe"),
     "huge rank": (config(lambda c: c.update(r=10**7)), f"{CONFIG}: r is 10000000"),
     "alpha": (config(lambda c: c.update(lora_alpha=9999)), f"{CONFIG}: lora_alpha is 9999"),
-    "field": (config(lambda c: c.update(evil=1)), f"{CONFIG}: field 'evil' is unknown"),
-    "no json": (raw(CONFIG, lambda data: b"{"), f"{CONFIG} cannot be read"),
-    "a list": (raw(CONFIG, lambda data: b"[]"), f"{CONFIG} is no JSON object"),
+    "field": (
+        config(lambda c: c.update(evil=1)),
+        f"{CONFIG}: 'evil' is a field that this peft lacks",
+    ),
+    "no json": (raw(CONFIG, lambda data: b"{"), f"{CONFIG!r} is no JSON"),
+    "a list": (raw(CONFIG, lambda data: b"[]"), f"{CONFIG!r} must be a JSON object"),
     "kind": (config(lambda c: c.update(peft_type="EVIL")), f"{CONFIG}: peft_type is 'EVIL'"),
     "no kind": (config(lambda c: c.pop("peft_type")), f"{CONFIG}: peft_type is None"),
     "pattern": (
         config(lambda c: c.update(target_modules="^(([a-z_.0-9])+)+$X")),
-        f"{CONFIG}: target_modules is ^(([a-z_.0-9])+)+$X",
+        f"{CONFIG}: target_modules is '^(([a-z_.0-9])+)+$X'",
     ),
     "module": (
         config(lambda c: c.update(auto_mapping={"parent_library": "os", "base_model_class": "x"})),
         f"{CONFIG}: auto_mapping is",
     ),
-    "note": (raw("fedpeft.json", lambda data: b"{", sealed=True), "fedpeft.json cannot be read"),
-    "pickle": (as_pickle, f"there is no {WEIGHTS}, and no other format is read"),
+    "note": (
+        raw("fedpeft.json", lambda data: b"{", sealed=True),
+        "'fedpeft.json' has 1 bytes, not",
+    ),
+    "pickle": (as_pickle, f"{WEIGHTS!r} is missing"),
 }
 
 
@@ -170,7 +185,10 @@ def test_the_adapter_as_it_was_written_is_taken(tiny: Path, tmp_path: Path, expo
 @pytest.mark.parametrize(
     ("adapter", "wanted"),
     [
-        ({"kind": "lora", "target_modules": "^(([a-z_.0-9])+)+$X"}, "repeats a group"),
+        (
+            {"kind": "lora", "target_modules": "^(([a-z_.0-9])+)+$X"},
+            "regular expressions are not compiled",
+        ),
         ({"kind": "lora", "adapter_name": "/abs/evil"}, "adapter.adapter_name is not a setting"),
         ({"kind": "../evil"}, "adapter.kind='../evil' does not exist"),
     ],

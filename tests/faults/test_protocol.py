@@ -104,7 +104,7 @@ def test_an_error_leaves_the_client_without_its_secrets(
     grid = grid_of()
     _, reports = play(grid, recipe_of(tiny))
     told = reports[2].excluded["c1"]
-    assert "hf_ABC" not in told and ("[redacted]" in told) == own
+    assert "hf_ABC" not in told and ("[secret]" in told) == own
     assert ("patients" in told) == own  # fedpeft's own words may leave
     monkeypatch.setattr(TorchCohort, "fit", fit_of("c1", raising(error)))
     costs_c1_alone(lambda request, answer: answer, recipe_of(tiny), told)
@@ -296,7 +296,7 @@ class Introducing(InProcess):
 def test_another_version_is_refused_before_the_first_round(tiny: Path) -> None:
     grid = Introducing(lambda record: record.update(version=newer(1)))
     with pytest.raises(FedpeftError, match="install the same version on server and sites"):
-        play(grid, recipe_of(tiny))
+        play(grid, recipe_of(tiny, quorum=1.0))
     assert {kind for kind, _ in grid.answers} == {"query"}
 
 
@@ -318,7 +318,7 @@ def test_a_client_that_is_newer_than_the_server(tiny: Path, what: str) -> None:
     grid = Introducing(lambda record: record.update(changed))
     wanted = "is newer than this one" if what == "version" else "header field 'priority' is int"
     with pytest.raises(FedpeftError, match=wanted):
-        play(grid, recipe_of(tiny))
+        play(grid, recipe_of(tiny, quorum=1.0))
     assert {kind for kind, _ in grid.answers} == {"query"}
 
 
