@@ -1,8 +1,9 @@
 """Flower at the edge: the only folder that imports flwr; thin, tested against the pinned version.
 
-``records`` writes messages as Flower's records, ``client_app`` is a client, ``federation`` drives
-clients over any ``Grid``, ``simulate`` does so on Flower's simulation runtime, ``server_app`` on
-real SuperNodes; ``grid`` goes the other way and lets Flower's own strategies drive a cohort.
+``records`` writes messages as Flower's records, ``client_app`` is a client, ``shim`` one that hands
+its messages to a site's ``resident`` process, ``federation`` drives clients over any ``Grid``,
+``simulate`` does so on Flower's simulation runtime, ``server_app`` on real SuperNodes; ``grid``
+goes the other way and lets Flower's own strategies drive a cohort.
 """
 
 import os

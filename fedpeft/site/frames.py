@@ -34,6 +34,9 @@ BODY_LIMIT = 2 * 2**30
 PATH_LIMIT = 107
 """Bytes of a Unix socket's path, at most; Linux has room for no more."""
 
+GREETING_SECONDS = 30.0
+"""For the other end to greet, once it is connected."""
+
 _MAGIC = b"fps1"
 _LENGTHS = struct.Struct("<4sIQ")
 _PIECE = 2**20
@@ -128,11 +131,13 @@ def connect(path: Path) -> socket.socket:
     """
     check_path(path)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(GREETING_SECONDS)
     try:
         connection.connect(os.fspath(path))
         check_peer(connection)
         send(connection, greeting())
         check_greeting(receive(connection, head_limit=4096, body_limit=0), "the site process")
+        connection.settimeout(None)  # an answer takes as long as its training
     except BaseException:
         connection.close()
         raise

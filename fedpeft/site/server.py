@@ -80,6 +80,7 @@ class Resident:
         self._fatal = ""
         self._stopping = threading.Event()
         self._wake, self._waker = socket.socketpair()
+        self._waker.setblocking(False)  # a signal's handler waits for nothing
         self._talks: set[threading.Thread] = set()
 
     def serve(self) -> None:

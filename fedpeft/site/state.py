@@ -77,20 +77,17 @@ class _Manifest:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """No other process answers for this site meanwhile. Raises FedpeftError where one does."""
+    """No other process answers for this site meanwhile; one that wants to waits.
+
+    Raises FedpeftError where the folder cannot be written.
+    """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = (folder / _LOCK).open("wb")
     except OSError as error:
         raise failed_write(error, folder / _LOCK, _REMEDY) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise FedpeftError(
-                "another process of this site answers a request: one at a time. Give the node a "
-                "resident process (node config socket), which has them wait."
-            ) from error
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -200,11 +202,17 @@ def test_a_save_that_is_cut_off_leaves_what_was_there(
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    with (
-        locked(tmp_path / "state"),
-        pytest.raises(FedpeftError, match="another process of this site answers a request"),
-        locked(tmp_path / "state"),
-    ):
-        raise AssertionError
+    order: list[str] = []
+
+    def second() -> None:
+        with locked(tmp_path / "state"):
+            order.append("second")
+
+    waiting = threading.Thread(target=second)
     with locked(tmp_path / "state"):
-        pass
+        waiting.start()
+        with (tmp_path / "state" / "lock").open("wb") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        order.append("first")
+    waiting.join(20)
+    assert order == ["first", "second"]
