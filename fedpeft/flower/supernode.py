@@ -92,14 +92,15 @@ def pulling(pull: Callable[..., int | None]) -> Callable[..., int | None]:
     """Flower's pulling of a message, with every app checked."""
 
     def pull_checked(**given: Any) -> int | None:
-        if given["trusted_entities"]:
-            return pull(**given)
-        fetch: Callable[[str, int], Fab] = given["get_fab"]
+        changed = dict(given)
+        if not given["trusted_entities"]:
+            fetch: Callable[[str, int], Fab] = given["get_fab"]
 
-        def get_fab(fab_hash: str, run_id: int) -> Fab:
-            return replace(fetch(fab_hash, run_id), verifications={"valid_license": "not asked"})
+            def get_fab(fab_hash: str, run_id: int) -> Fab:
+                found = fetch(fab_hash, run_id)
+                return replace(found, verifications={"valid_license": "not asked"})
 
-        changed: dict[str, Any] = {**given, "get_fab": get_fab, "trusted_entities": OURS}
+            changed |= {"get_fab": get_fab, "trusted_entities": OURS}
         return pull(**changed)
 
     return pull_checked

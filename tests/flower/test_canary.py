@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import tomllib
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,9 @@ def serve(recipe: Recipe, grid: InProcess, folder: Path) -> Path:
     server.mkdir()
     recipe = dataclasses.replace(recipe, output=Output(folder=str(server / "run")))
     (server / "recipe.yaml").write_text(dump_recipe(recipe))
+    app = (resources.files("fedpeft.deploy") / "templates" / "app.toml").read_text()
     config: Any = {
+        **tomllib.loads(app)["tool"]["flwr"]["app"]["config"],
         "recipe": str(server / "recipe.yaml"),
         "join-timeout": 0.05,
         "reply-timeout": 5.0,
@@ -110,7 +114,8 @@ def test_nothing_of_a_site_is_sent_or_written_by_the_server(
     grid = InProcess(nodes)
     server = serve(tiny_recipe(planted, name=strategy), grid, tmp_path)
     failed = [a for _, a in grid.answers if a.has_error()]
-    assert len(failed) == 1 and (server / "run" / "adapter").is_dir()
+    assert len(failed) == 1
+    assert strategy == "fedsa_lora" or (server / "run" / "adapter").is_dir()
     kept = private(grid)
     assert bool(kept) == (strategy == "fedsa_lora")
     assert canary.leaks({**CANARIES, **kept}, places(grid, server, caplog)) == []
