@@ -236,6 +236,7 @@ def _told(deployment: Deployment, recipe: Recipe, folder: Path) -> dict[str, str
         "register": "\n".join(registers),
         "compose_register": "\n".join(f"docker compose exec server {r}" for r in registers),
         "run": shlex.join(commands.run(deployment)),
+        "resume": shlex.join(commands.run(deployment, "resume=true")),
         "connection": commands.CONNECTION,
         "sites": "\n".join(f"| `{site}` | `{SITES}/{site}/` |" for site in deployment.sites),
         "site_state": kept,
