@@ -23,12 +23,14 @@ from flwr.serverapp import Grid
 
 from fedpeft.comms.uplink import Uplink, keeps_for_codecs, uplink_of
 from fedpeft.config import Recipe
+from fedpeft.config_comms import size_of
 from fedpeft.config_load import dump_recipe, load_strategy
 from fedpeft.errors import FedpeftError, PayloadError, ReplyError
 from fedpeft.federation import Failure
 from fedpeft.flower.courier import Courier, Patience
 from fedpeft.flower.records import Header, decode, encode, encode_stack
 from fedpeft.metrics import Score
+from fedpeft.redact import redact
 from fedpeft.strategy import Message, Messages
 from fedpeft.tree import Tree
 
@@ -70,6 +72,7 @@ class FlowerFederation:
         self._uplink = partial(uplink_of, recipe)
         self._keeps = strategy.remembers or strategy.keeps or keeps_for_codecs(recipe.comms)
         self._nodes = nodes
+        self._most = 2 * size_of("rounds.max_reply", recipe.rounds.max_reply)  # with all else in it
         self._least = max(1, math.ceil(recipe.rounds.quorum * nodes))
         self._digests = digests
         self._patience = patience or Patience()
@@ -306,8 +309,8 @@ class FlowerFederation:
             )
         if answer.has_error():
             reason = str(answer.error.reason or f"error {answer.error.code}")
-            raise ReplyError(" ".join(reason.split())[:500])
-        return decode(answer.content)
+            raise ReplyError(redact(reason))  # whoever lies may send anything
+        return decode(answer.content, self._most)
 
 
 def _nonce() -> str:
