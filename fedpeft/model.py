@@ -194,7 +194,7 @@ def _check_patterns(settings: Mapping[str, Any]) -> None:
     A recipe comes to clients from a server, and peft matches its patterns with every module.
     """
     for key, value in settings.items():
-        if isinstance(value, str) and re.search(r"\)\s*[*+?{]", value):
+        if isinstance(value, str) and re.search(r"\)\s*[*+{]", value):
             raise FedpeftError(
                 f"adapter.{key}={value!r} repeats a group, and such patterns can take for ever to "
                 f"match: name the modules in a list."
