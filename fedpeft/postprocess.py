@@ -154,13 +154,13 @@ def updates(sent: Messages, reply: Messages) -> dict[str, Tree]:
 
 def norms(sent: Messages, reply: Messages) -> Tensor:
     """The Euclidean norm of each reply's update, float64 ``[K]``; one tensor at a time."""
-    total = torch.zeros(len(reply), dtype=torch.float64)
+    total: Tensor | float = 0.0
     for part, tree in reply.trees.items():
         for name, value in tree.items():
             was = _was(sent, part, name, value.shape[1:]).to(value.device, torch.float32)
             moved = (value.float() - was).reshape(len(reply), -1)
-            total += torch.linalg.vector_norm(moved, dim=1).cpu().double().square()
-    return total.sqrt()
+            total = total + torch.linalg.vector_norm(moved, dim=1).double().square()
+    return torch.as_tensor(total, dtype=torch.float64).sqrt().cpu().expand(len(reply))
 
 
 def applied(sent: Messages, moved: Mapping[str, Tree]) -> dict[str, Tree]:

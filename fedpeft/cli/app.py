@@ -134,7 +134,8 @@ def resume(
         from fedpeft.record.folder import RunFolder
         from fedpeft.run import resume
 
-        RunFolder.open(Path(folder)).allow(allow_change or [])
+        if allow_change:
+            RunFolder.open(Path(folder)).allow(allow_change)
         return resume(folder, watcher)
 
     play(start, _mode(quiet, json, verbose, log, metrics_port))
