@@ -111,6 +111,7 @@ def test_each_process_is_killed_in_turn_and_nothing_is_lost(
         output=Output(folder=str(tmp_path / "alone")),
     )
     run(alone, Watcher())
+    assert lines(out, "bytes") == lines(tmp_path / "alone", "bytes")
     found, wanted = (
         load_file(folder / "adapter" / "adapter_model.safetensors")
         for folder in (out, tmp_path / "alone")

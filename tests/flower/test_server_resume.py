@@ -13,7 +13,7 @@ from flwr.app import Context, RecordDict
 from flwr.app import Message as FlowerMessage
 from safetensors.torch import load_file
 
-from fedpeft.config import Engine, Evaluation, Output, Recipe, Rounds
+from fedpeft.config import Engine, Evaluation, Output, Privacy, Recipe, Rounds
 from fedpeft.config_load import dump_recipe
 from fedpeft.engine import AbortedRoundError
 from fedpeft.errors import FedpeftError
@@ -21,6 +21,7 @@ from fedpeft.events import Watcher
 from fedpeft.flower.client_app import app
 from fedpeft.flower.records import decode
 from fedpeft.flower.server_app import main
+from fedpeft.privacy.ledger import Budget, Ledger
 from fedpeft.run import resume, run
 from tests.flower.nodes import InProcess, Reply
 from tests.tiny import tiny_recipe
@@ -214,3 +215,28 @@ def test_protected_clients_are_not_asked_for_their_scores(tiny: Path, tmp_path: 
     grid = InProcess(NODES, app=app)
     serve(dataclasses.replace(recipe, privacy=privacy), grid, tmp_path)
     assert {kind for kind, _ in grid.answers} == {"query", "train"}
+
+
+def test_epsilon_is_that_of_the_same_run_in_one_process(tiny: Path, tmp_path: Path) -> None:
+    privacy = Privacy(unit="record", noise_multiplier=1.0, clip_norm=0.5, delta=1e-3)
+    recipe = dataclasses.replace(at(tiny, tmp_path), privacy=privacy)
+    nodes = {
+        k: {**own, "privacy-ledger": str(tmp_path / f"site-{k}.jsonl")} for k, own in NODES.items()
+    }
+    serve(recipe, InProcess(nodes), tmp_path)
+    alone = dataclasses.replace(
+        recipe,
+        output=Output(folder=str(tmp_path / "alone")),
+        engine=Engine(kind="cohort", device="cpu"),
+        baselines=(),
+    )
+    run(alone, Watcher())
+    deployed = json.loads((tmp_path / "privacy.json").read_text())
+    assert (
+        deployed["epsilon"] == json.loads((tmp_path / "alone/privacy.json").read_text())["epsilon"]
+    )
+    sizes = {f"c{k}": Ledger.open(tmp_path / f"site-{k}.jsonl", Budget(1e6, 1e-3)) for k in NODES}
+    with Ledger.open(tmp_path / "privacy.jsonl", Budget(1e6, 1e-3)) as server:
+        for client, own in sizes.items():
+            with own:
+                assert own.epsilon(client) == server.epsilon(client) > 0
