@@ -32,6 +32,10 @@ class Memory(ABC):
         """Name -> tree."""
 
     @abstractmethod
+    def kept(self) -> bool:
+        """Whether anything was ever kept, of this run where that is known."""
+
+    @abstractmethod
     def remember(self, memory: Mapping[str, Tree]) -> None:
         """Keeps these trees; others stay as they are."""
 
@@ -53,6 +57,9 @@ class ContextMemory(Memory):
 
     def recall(self) -> dict[str, Tree]:
         return recall(self._state)
+
+    def kept(self) -> bool:
+        return bool(self.recall())
 
     def remember(self, memory: Mapping[str, Tree]) -> None:
         remember(self._state, memory)
@@ -84,6 +91,9 @@ class SavedMemory(Memory):
             kept = self._store
             self._memory = kept.before(self._at) if self._trains else kept.after(self._at[0])
         return dict(self._memory)
+
+    def kept(self) -> bool:
+        return self._store.begun()
 
     def remember(self, memory: Mapping[str, Tree]) -> None:
         if memory:

@@ -116,6 +116,10 @@ class Store:
         """What the client kept after a round, or the newest before it."""
         return self._newest(lambda at: at[0] <= round, (round + 1, 0))
 
+    def begun(self) -> bool:
+        """Whether anything was ever saved. Raises FedpeftError where what was is damaged."""
+        return self._read() is not None
+
     def discard_from(self, moment: Moment) -> None:
         """Forgets this exchange and later ones, which are about to be done again."""
         manifest = self._read()
