@@ -69,7 +69,7 @@ def client_app(is_simulated: bool) -> ClientApp:
 
     @found.query()
     def query(message: FlowerMessage, context: Context) -> FlowerMessage:
-        """Who this node is: its client's name and number of training examples, and the digests."""
+        """Who this node is: client's name, training examples, digests, whether it kept anything."""
         return _answer(message, context, is_simulated)
 
     @found.train()
@@ -227,7 +227,8 @@ def _check(asked: Header, own: Header) -> None:
 
 def _describe(prepared: Prepared, request: Messages, asked: Asked) -> Message:
     examples = prepared.population.clients.roster[asked.own.client]
-    return Message(scalars={"examples": float(examples), "kept": float(asked.memory.begun())})
+    kept = asked.memory.kept()  # a server that resumes wants to know
+    return Message(scalars={"examples": float(examples), "kept": float(kept)})
 
 
 def _opened(prepared: Prepared, request: Message, memory: Memory) -> Message:

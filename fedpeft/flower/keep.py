@@ -32,8 +32,8 @@ class Memory(ABC):
         """Name -> tree."""
 
     @abstractmethod
-    def begun(self) -> bool:
-        """Whether anything is kept of the run."""
+    def kept(self) -> bool:
+        """Whether anything was ever kept, of this run where that is known."""
 
     @abstractmethod
     def remember(self, memory: Mapping[str, Tree]) -> None:
@@ -58,7 +58,7 @@ class ContextMemory(Memory):
     def recall(self) -> dict[str, Tree]:
         return recall(self._state)
 
-    def begun(self) -> bool:
+    def kept(self) -> bool:
         return bool(self.recall())
 
     def remember(self, memory: Mapping[str, Tree]) -> None:
@@ -92,7 +92,7 @@ class SavedMemory(Memory):
             self._memory = kept.before(self._at) if self._trains else kept.after(self._at[0])
         return dict(self._memory)
 
-    def begun(self) -> bool:
+    def kept(self) -> bool:
         return self._store.begun()
 
     def remember(self, memory: Mapping[str, Tree]) -> None:

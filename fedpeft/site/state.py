@@ -108,10 +108,6 @@ class Store:
         self._name = hashlib.sha256(f"{run} {client}".encode()).hexdigest()[:32]
         self._own = folder / self._name
 
-    def begun(self) -> bool:
-        """Whether anything is kept of the run."""
-        return self._read() is not None
-
     def before(self, moment: Moment) -> dict[str, Tree]:
         """What the client kept when that exchange began. Raises FedpeftError, see the module."""
         return self._newest(lambda at: at < moment, moment)
@@ -119,6 +115,10 @@ class Store:
     def after(self, round: int) -> dict[str, Tree]:
         """What the client kept after a round, or the newest before it."""
         return self._newest(lambda at: at[0] <= round, (round + 1, 0))
+
+    def begun(self) -> bool:
+        """Whether anything was ever saved. Raises FedpeftError where what was is damaged."""
+        return self._read() is not None
 
     def discard_from(self, moment: Moment) -> None:
         """Forgets this exchange and later ones, which are about to be done again."""

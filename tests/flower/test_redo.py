@@ -11,13 +11,16 @@ from flwr.app import Context, RecordDict
 
 from fedpeft.codecs.settings import Codec
 from fedpeft.config import Comms, Recipe, Rounds
+from fedpeft.config_load import dump_recipe
 from fedpeft.engine import Seam, play_round
 from fedpeft.errors import QuorumError
 from fedpeft.federation import Failure
 from fedpeft.flower import client_app
 from fedpeft.flower.federation import FlowerFederation, Patience
+from fedpeft.flower.node import Node
+from fedpeft.flower.records import Header, decode, encode
 from fedpeft.prepare import prepare
-from fedpeft.strategy import addressed
+from fedpeft.strategy import Message, addressed
 from tests.flower.nodes import InProcess
 from tests.tiny import tiny_recipe
 
@@ -100,6 +103,20 @@ def test_redone_rounds_give_the_same_bits(
     assert all(bool((found[name] == value).all()) for name, value in wanted.items())
     if comms.down.codec == "none":
         assert again.scores() == first.scores()
+
+
+def test_a_site_says_whether_it_kept_anything_of_the_run(tiny: Path, tmp_path: Path) -> None:
+    own = Federated(recipe_of(tiny, Comms(), name="scaffold"), tmp_path)
+    text = dump_recipe(own.prepared.recipe)
+
+    def kept(run: str) -> float:
+        node = Node(own.grid.contexts[1].node_config, RecordDict(), False)
+        content = encode(Message(), Header(recipe=text, run=run))
+        return decode(client_app.answer("query", content, node))[0].scalars["kept"]
+
+    assert kept(RUN) == 0.0
+    own.play(1)
+    assert (kept(RUN), kept("ab" * 16)) == (1.0, 0.0)
 
 
 def test_a_client_that_keeps_nothing_writes_nothing(tiny: Path, tmp_path: Path) -> None:

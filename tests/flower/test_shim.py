@@ -181,7 +181,7 @@ def test_a_policy_is_asked_before_anything_is_loaded(
 
 def test_a_policy_counts_from_the_next_request_on(tiny: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(tiny)
-    assert asked(recipe, node(tmp_path, max_rank=2)).scalars == {"examples": 5.0}
+    assert asked(recipe, node(tmp_path, max_rank=2)).scalars == {"examples": 5.0, "kept": 0.0}
     with pytest.raises(FedpeftError, match="max_rank allows 1, and adapter.r is 2"):
         asked(recipe, node(tmp_path, max_rank=1))
     with pytest.raises(FedpeftError, match="base_models allows abc, and the base model's digest"):
@@ -195,7 +195,7 @@ def test_a_policy_bounds_noise_that_the_recipe_gives(tiny: Path, tmp_path: Path)
 
     privacy = Privacy(unit="record", noise_multiplier=1.0, delta=1e-3, accountant="rdp")
     recipe = dataclasses.replace(tiny_recipe(tiny), privacy=privacy)
-    assert asked(recipe, node(tmp_path, max_epsilon=100)).scalars == {"examples": 5.0}
+    assert asked(recipe, node(tmp_path, max_epsilon=100)).scalars == {"examples": 5.0, "kept": 0.0}
     with pytest.raises(FedpeftError, match="max_epsilon allows 0.5, and the run's epsilon is"):
         asked(recipe, node(tmp_path, max_epsilon=0.5))
 
