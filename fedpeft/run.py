@@ -51,13 +51,14 @@ def _on_workers(watcher: Watcher, prepared: Prepared, body: job.Body) -> Outcome
 
 def _on_flower(prepared: Prepared, body: job.Body) -> Outcome:
     """On Flower's simulation; Flower and Ray are loaded only then."""
-    from fedpeft.flower.federation import Digests, FlowerFederation
+    from fedpeft.flower.digests import digests_of
+    from fedpeft.flower.federation import FlowerFederation
     from fedpeft.flower.secure import secured_in_simulation
     from fedpeft.flower.simulate import run_in_simulation
 
-    recipe, network = prepared.recipe, prepared.network
+    recipe = prepared.recipe
     nodes = len(prepared.population.clients)
-    own = Digests(network.digest, network.layout.digest)
+    own = digests_of(prepared)
 
     def rounds(federation: FlowerFederation) -> Outcome:
         return body(secured_in_simulation(prepared, federation))

@@ -33,6 +33,7 @@ from fedpeft.config import Engine, Recipe
 from fedpeft.config_remote import parse_remote
 from fedpeft.errors import FedpeftError, PayloadError
 from fedpeft.federation import Failure
+from fedpeft.flower.digests import Digests, digests_of
 from fedpeft.flower.keep import Memory, memory_of
 from fedpeft.flower.node import Node, charged, check_rules, check_scores, policy_of
 from fedpeft.flower.reasons import ClientError, reason
@@ -119,7 +120,7 @@ def answer(kind: str, content: RecordDict, node: Node) -> RecordDict:
     logs.bind(client=client)
     if policy is not None and policy.max_epsilon is not None:
         check_promise(policy, _promised(header.recipe, client, _listed(node, policy)))
-    own = _own_header(prepared, client, header)
+    own = _own_header(_digests(header.recipe, _listed(node, policy)), client, header)
     _check(header, own)
     with memory_of(node, own, trains=work is not _evaluate) as memory:
         asked = Asked(own, node, memory)
@@ -188,6 +189,11 @@ def _prepared(recipe: str, strategies: frozenset[str] | None) -> Prepared:
     return prepare(replace(found, engine=Engine(kind="sequential", chunk=1, device=device)))
 
 
+@functools.lru_cache(maxsize=1)
+def _digests(recipe: str, strategies: frozenset[str] | None) -> Digests:
+    return digests_of(_prepared(recipe, strategies))
+
+
 def client_of(node_config: Mapping[str, object], clients: Sequence[str]) -> str:
     """The client that a node is, by its configuration. Raises FedpeftError if there is none.
 
@@ -210,16 +216,14 @@ def client_of(node_config: Mapping[str, object], clients: Sequence[str]) -> str:
     return clients[int(place)]
 
 
-def _own_header(prepared: Prepared, client: str, asked: Header) -> Header:
-    network = prepared.network
-    digests = network.digest, network.layout.digest
+def _own_header(digests: Digests, client: str, asked: Header) -> Header:
     same = {name: getattr(asked, name) for name in ("exchange", "run", "nonce")}
-    return Header(asked.round, client, *digests, **same)
+    return Header(asked.round, client, **vars(digests), **same)
 
 
 def _check(asked: Header, own: Header) -> None:
     """Raises FedpeftError where the server means another client, base or adapter."""
-    for what in ("client", "base", "layout"):
+    for what in ("client", *vars(Digests())):
         theirs, ours = getattr(asked, what), getattr(own, what)
         if theirs and theirs != ours:
             raise FedpeftError(f"the server asks for {what} {theirs!r}, this node has {ours!r}")

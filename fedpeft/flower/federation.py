@@ -14,7 +14,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 
 from flwr.app import Message as FlowerMessage
@@ -28,6 +28,7 @@ from fedpeft.config_load import dump_recipe, load_strategy
 from fedpeft.errors import FedpeftError, PayloadError, ReplyError
 from fedpeft.federation import Failure
 from fedpeft.flower.courier import Courier, Patience
+from fedpeft.flower.digests import Digests
 from fedpeft.flower.records import Header, decode, encode, encode_stack
 from fedpeft.metrics import Score
 from fedpeft.redact import redact
@@ -38,14 +39,6 @@ log = logging.getLogger(__name__)
 
 STACK = 64
 """Replies that are stacked at once."""
-
-
-@dataclass(frozen=True)
-class Digests:
-    """What all parties must have in common: the frozen base and the trainable tensors."""
-
-    base: str
-    layout: str
 
 
 class FlowerFederation:
@@ -212,12 +205,12 @@ class FlowerFederation:
         reply, header = self._read(answer)
         if header.nonce != nonce:
             raise ReplyError("its introduction answers another request")
-        found = Digests(header.base, header.layout)
+        found = Digests(header.base, header.layout, header.words)
         self._digests = self._digests or found
         if found != self._digests:
             raise ReplyError(
                 f"client {header.client!r} has {found}, others {self._digests}: all must load the "
-                f"same base model and adapter"
+                f"same base model, adapter, tokenizer and class names"
             )
         examples = reply.scalars.get("examples", 0.0)
         if not (header.client and examples >= 1 and examples == int(examples)):
@@ -258,8 +251,8 @@ class FlowerFederation:
         self.clients()
         present = self._refresh(round)
         busy = self._courier.busy()
-        base = self._digests or Digests("", "")
-        common = Header(round, "", base.base, base.layout, self._recipe, self._at[1], self._run)
+        own = asdict(self._digests or Digests())
+        common = Header(round, recipe=self._recipe, exchange=self._at[1], run=self._run, **own)
         headers = {
             name: replace(common, client=name, nonce=_nonce())
             for messages in stacks
@@ -294,7 +287,7 @@ class FlowerFederation:
     def _checked(self, asked: Header, answer: FlowerMessage | None) -> Message:
         """A reply's message. Raises ReplyError if it is no answer to this very request."""
         reply, header = self._read(answer)
-        for what in ("client", "round", "exchange", "base", "layout", "run", "nonce"):
+        for what in ("client", "round", "exchange", *vars(Digests()), "run", "nonce"):
             theirs, ours = getattr(header, what), getattr(asked, what)
             if theirs != ours:
                 raise ReplyError(f"the reply is of {what} {theirs!r}, asked was {ours!r}")

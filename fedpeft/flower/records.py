@@ -62,8 +62,8 @@ _NUMPY_TYPES = [*_FLOATS, "int64", "int32", "int16", "int8", "uint8", "bool"]
 class Header:
     """What travels beside a message and is in no ledger.
 
-    round: counts from 1; 0 outside rounds. client: whom the message is for or from. base, layout:
-    digests of the frozen base and of the trainable tensors. recipe: in requests, as YAML; a client
+    round: counts from 1; 0 outside rounds. client: whom the message is for or from. base, layout,
+    words: see ``digests``. recipe: in requests, as YAML; a client
     needs nothing else to prepare. exchange: of the round, from 0. run: whose rounds these are, the
     same after a resume. nonce: of one request, random; its reply has the same. version: of the
     sender's fedpeft.
@@ -73,6 +73,7 @@ class Header:
     client: str = ""
     base: str = ""
     layout: str = ""
+    words: str = ""
     recipe: str = ""
     exchange: int = 0
     run: str = ""

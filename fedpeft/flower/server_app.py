@@ -32,7 +32,8 @@ from fedpeft.errors import FedpeftError
 from fedpeft.events import Outcome
 from fedpeft.federation import Federation
 from fedpeft.flower.courier import Patience
-from fedpeft.flower.federation import Digests, FlowerFederation
+from fedpeft.flower.digests import digests_of
+from fedpeft.flower.federation import FlowerFederation
 from fedpeft.flower.identity import read_identities
 from fedpeft.flower.node import protected
 from fedpeft.flower.secure import SecureFlowerFederation
@@ -80,12 +81,12 @@ def served(recipe: Recipe) -> Recipe:
 
 def federation_of(prepared: Prepared, grid: Grid, config: Config, run: str) -> Federation:
     """The recipe's clients on the nodes of a grid, under secure aggregation where it says so."""
-    network, recipe = prepared.network, prepared.recipe
+    recipe = prepared.recipe
     federation = FlowerFederation(
         grid,
         recipe,
         nodes=len(prepared.population.clients),
-        digests=Digests(network.digest, network.layout.digest),
+        digests=digests_of(prepared),
         patience=patience_of(config),
         run=run,
     )

@@ -36,7 +36,8 @@ from fedpeft.errors import FedpeftError
 from fedpeft.flower.backend import ReplacingBackend
 from fedpeft.flower.client_app import simulated
 from fedpeft.flower.courier import Patience
-from fedpeft.flower.federation import Digests, FlowerFederation
+from fedpeft.flower.digests import Digests
+from fedpeft.flower.federation import FlowerFederation
 
 T = TypeVar("T")
 

@@ -20,8 +20,10 @@ from fedpeft.config import Engine, Output, Recipe
 from fedpeft.errors import FedpeftError, QuorumError
 from fedpeft.events import Watcher
 from fedpeft.flower import records
+from fedpeft.flower.digests import digests_of
 from fedpeft.flower.records import Header, decode, encode
 from fedpeft.message import Message
+from fedpeft.prepare import prepare
 from fedpeft.run import resume, run
 from fedpeft.strategies.fedavg import FedAvg
 from tests.faults.federated import (
@@ -263,6 +265,21 @@ def test_another_adapter_is_refused_with_both_hashes(tiny: Path) -> None:
     """Its configuration comes with the recipe; what is left to differ are the tensors it makes."""
     reason = "the reply is of layout 'f00d', asked was"
     costs_c1_alone(faulty_client(header(layout="f00d")), recipe_of(tiny), reason)
+
+
+@fault(38, "X")
+def test_another_tokenizer_or_label_map_is_refused_with_both_hashes(tiny: Path) -> None:
+    reason = "the reply is of words 'f00d', asked was"
+    costs_c1_alone(faulty_client(header(words="f00d")), recipe_of(tiny), reason)
+    prepared = prepare(recipe_of(tiny))
+    labels = prepared.population.labels
+    other = dataclasses.replace(prepared.population, labels=labels[::-1])
+    assert len(labels) > 1
+    own, swapped = (
+        digests_of(dataclasses.replace(prepared, population=p))
+        for p in (prepared.population, other)
+    )
+    assert own.words != swapped.words and own.layout == swapped.layout
 
 
 def newer(by: int) -> str:

@@ -22,7 +22,9 @@ from fedpeft.engine import RoundReport, play_round
 from fedpeft.errors import FedpeftError, QuorumError
 from fedpeft.federation import Failure, Federation
 from fedpeft.flower.client_app import app, client_of, public_reason
-from fedpeft.flower.federation import Digests, FlowerFederation, Patience
+from fedpeft.flower.courier import Patience
+from fedpeft.flower.digests import Digests, digests_of
+from fedpeft.flower.federation import FlowerFederation
 from fedpeft.flower.records import Header, decode, encode
 from fedpeft.metrics import Score
 from fedpeft.prepare import Prepared, prepare
@@ -328,12 +330,12 @@ def test_a_node_that_cannot_prepare_is_named(folder: Path) -> None:
 
 def test_another_base_or_adapter_is_refused(folder: Path) -> None:
     recipe = tiny_recipe(folder)
-    network = prepare(recipe).network
-    right = Digests(network.digest, network.layout.digest)
+    right = digests_of(prepare(recipe))
     assert federate(InProcess(partitions()), recipe, digests=right).clients() == SIZES
-    for wrong in (Digests("x", right.layout), Digests(right.base, "x")):
+    for key in ("base", "layout", "words"):
+        wrong = dataclasses.replace(right, **{key: "x"})
         federation = federate(InProcess(partitions()), recipe, digests=wrong)
-        with pytest.raises(FedpeftError, match="must load the same base model and adapter"):
+        with pytest.raises(FedpeftError, match="must load the same base model, adapter, tok"):
             federation.clients()
 
 

@@ -22,7 +22,8 @@ from fedpeft.errors import FedpeftError
 from fedpeft.events import Watcher
 from fedpeft.federation import Federation
 from fedpeft.flower import simulate
-from fedpeft.flower.federation import Digests, FlowerFederation
+from fedpeft.flower.digests import digests_of
+from fedpeft.flower.federation import FlowerFederation
 from fedpeft.flower.secure import secured_in_simulation
 from fedpeft.flower.simulate import Shares, divide, run_in_simulation
 from fedpeft.prepare import prepare
@@ -88,7 +89,7 @@ def test_a_simulation_gives_the_adapter_of_the_batched_cohort(
             assert (report.replied, report.excluded) == (4, {})
         return strategy.adapter(state)
 
-    digests = Digests(network.digest, network.layout.digest)
+    digests = digests_of(prepared)
     found = run_in_simulation(recipe, 4, 2, body, digests)
     wanted = body(prepared.federation())
     assert prepared.lane.name == "fold"
