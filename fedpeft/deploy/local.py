@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,16 +212,19 @@ class _Federation:
                 f"{server.log}."
             )
         for process in dead:
-            text = f"{process.name} ended with {process.popen.returncode}: see {process.log}"
-            if self.settings.restart:
-                self.say(f"{text}; it is started again")
+            if not process.due and process.name not in self.lost:
+                code = process.popen.returncode
+                self.say(f"{process.name} ended with {code}: see {process.log}")
+                if not self.settings.restart:
+                    self.lost.add(process.name)
+            waits = process is not server and process.waits(time.monotonic())
+            if self.settings.restart and not waits:
                 self.processes.restart(process)
-            elif process.name not in self.lost:
-                self.lost.add(process.name)
-                self.say(text)
-        if server in dead:
-            server.until(lambda: listens(port), "it listened again", COMMAND_SECONDS)
-        return server in dead
+                self.say(f"{process.name} is started again")
+        if server not in dead:
+            return False
+        server.until(lambda: listens(port), "it listened again", COMMAND_SECONDS)
+        return True
 
     def _start(self, name: str, command: Sequence[str], folder: Path, home: Path) -> Process:
         return self.processes.start(name, [*_program(command[0]), *command[1:]], folder, home)

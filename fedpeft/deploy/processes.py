@@ -12,6 +12,7 @@ import secrets
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,13 +29,23 @@ GRACE = 5.0
 """Seconds that processes have to end by themselves, before they are killed."""
 
 
+LASTING, LONGEST = 60.0, 16.0
+"""Seconds of life after which an end is a first one; the longest wait before another start.
+
+Flower 1.41 refuses a node that it holds for connected, which it does for a minute after its death.
+"""
+
 MARK = "FEDPEFT_TRIAL"
 """In the environment of everything that was started together, and by it."""
 
 
 @dataclass
 class Process:
-    """A process with a name, and the file that its output goes to. again: times it was replaced."""
+    """A process with a name, and the file that its output goes to.
+
+    fails: how often it ended soon after its start, in a row. began, due: when it was started, and
+    when it may be once more after it ended (0: not decided), by the monotonic clock.
+    """
 
     name: str
     popen: subprocess.Popen[bytes]
@@ -42,7 +53,16 @@ class Process:
     command: Sequence[str] = ()
     folder: Path = Path()
     home: Path = Path()
-    again: int = 0
+    fails: int = 0
+    began: float = field(default_factory=time.monotonic)
+    due: float = 0.0
+
+    def waits(self, now: float) -> bool:
+        """Of one that ended: whether it is too early to start it again; the first call decides."""
+        if not self.due:
+            self.fails = 0 if now - self.began > LASTING else self.fails + 1
+            self.due = now + min(LONGEST, 2.0**self.fails)
+        return now < self.due
 
     def ended(self, seconds: float = 0.0) -> bool:
         """Waits so long for the process to end; whether it has."""
@@ -94,7 +114,7 @@ class Processes:
         """Starts a process that ended once more, after what is left of its children is ended."""
         self._sweep(process.home)
         process.popen = self._open(process.log, process.command, process.folder, process.home)
-        process.again += 1
+        process.began, process.due = time.monotonic(), 0.0
 
     def _open(
         self, log: Path, command: Sequence[str], folder: Path, home: Path

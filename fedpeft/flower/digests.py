@@ -11,8 +11,10 @@ from fedpeft.prepare import Prepared
 
 @dataclass(frozen=True)
 class Digests:
-    """base: of the frozen base model. layout: of the trainable tensors. words: of the tokenizer's
-    vocabulary and the class names, by which text and labels become numbers.
+    """SHA-256 of each.
+
+    base: the frozen base model. layout: names and shapes of the trainable tensors. words: the
+    tokenizer's vocabulary and the class names, by which text and labels become numbers.
     """
 
     base: str = ""
