@@ -94,12 +94,16 @@ def test_each_process_is_killed_in_turn_and_nothing_is_lost(
             stderr=subprocess.STDOUT,
         )
     killed: list[int] = []
-    while up.poll() is None:
-        done = max((line["round"] for line in lines(out, "round")), default=0)
-        if done in VICTIMS and done not in killed and kill(*VICTIMS[done]):
-            killed.append(done)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            up.wait(0.2)
+    try:
+        while up.poll() is None:
+            done = max((line["round"] for line in lines(out, "round")), default=0)
+            if done in VICTIMS and done not in killed and kill(*VICTIMS[done]):
+                killed.append(done)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                up.wait(0.2)
+    finally:
+        up.terminate()  # only where the test itself was stopped
+        up.wait()
     said = (tmp_path / "up.log").read_text()
     assert up.returncode == 0, said
     assert killed == list(VICTIMS)
