@@ -17,9 +17,10 @@ from fedpeft.cohort.choose import choose_lane
 from fedpeft.config import Data, Engine, Evaluation, Local, Model, Output, Partition, Recipe, Rounds
 from fedpeft.errors import FedpeftError
 from fedpeft.events import Watcher
+from fedpeft.job import tree_digest
 from fedpeft.model import MeanPoolClassifier, attach, build_network, load_base, save_adapter
 from fedpeft.record.checkpoint import latest
-from fedpeft.run import resume, run, tree_digest
+from fedpeft.run import resume, run
 from fedpeft.strategies.fedkseed import State
 from tests.tiny import CLASSES, PAD, tiny_model, tiny_network, tiny_population, write_tiny
 

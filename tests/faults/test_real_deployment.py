@@ -28,6 +28,9 @@ from tests.tiny import tiny_recipe, write_tiny
 
 ROOT = Path(__file__).parents[2]
 MAIN = (sys.executable, "-c", "from fedpeft.cli import main; main()")
+OWN = "FEDPEFT_KILL_TEST"
+"""In the environment of this test's processes."""
+
 VICTIMS = {
     1: ("flwr-serverapp", ""),
     2: ("flower-superlink", ""),
@@ -43,16 +46,25 @@ def recipe_of(tiny: Path) -> Recipe:
     return dataclasses.replace(tiny_recipe(tiny), rounds=Rounds(count=7, quorum=1.0), baselines=())
 
 
-def kill(part: str, site: str) -> bool:
-    """Kills a process of a trial; whether it was there."""
+def living(own: str, part: str = "", site: str = "") -> list[psutil.Process]:
+    """The processes of this test's trial with ``part`` in their command line, of a site."""
+    found = []
     for process in psutil.process_iter():
         try:
-            home = process.environ().get(MARK, "")
-            if home.endswith(site) and part in " ".join(process.cmdline()) and home:
-                process.kill()
-                return True
+            around = process.environ()
+            ours = around.get(OWN) == own and MARK in around and around[MARK].endswith(site)
+            if ours and part in " ".join(process.cmdline()):
+                found.append(process)
         except (psutil.Error, OSError):
             continue
+    return found
+
+
+def kill(own: str, part: str, site: str) -> bool:
+    """Kills such a process; whether there was one."""
+    for process in living(own, part, site)[:1]:
+        process.kill()
+        return True
     return False
 
 
@@ -85,11 +97,11 @@ def test_each_process_is_killed_in_turn_and_nothing_is_lost(
     federation: Path, tmp_path: Path
 ) -> None:
     command = [*MAIN, "deploy", "up", str(federation), "--local", "--restart"]
-    out = federation / "server" / "run"
+    out, own = federation / "server" / "run", str(tmp_path)
     with (tmp_path / "up.log").open("wb") as log:
         up = subprocess.Popen(
             [*command, "--run-config", "reply-timeout=60"],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", OWN: own},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -97,7 +109,7 @@ def test_each_process_is_killed_in_turn_and_nothing_is_lost(
     try:
         while up.poll() is None:
             done = max((line["round"] for line in lines(out, "round")), default=0)
-            if done in VICTIMS and done not in killed and kill(*VICTIMS[done]):
+            if done in VICTIMS and done not in killed and kill(own, *VICTIMS[done]):
                 killed.append(done)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 up.wait(0.2)
@@ -123,4 +135,4 @@ def test_each_process_is_killed_in_turn_and_nothing_is_lost(
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert torch.allclose(found[name], value, rtol=1e-5, atol=1e-5)
-    assert not kill("", "")  # nothing is left over
+    assert not living(own)
