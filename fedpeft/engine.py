@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -31,7 +31,7 @@ class RoundReport:
     client -> why its training failed or its reply was refused. replied: clients in the aggregate.
     loss: mean training loss of the replies, by weight. down, up: bytes by kind. sent, came: the
     same by client and exchange. seconds: wall time. aborted: why the round has no result, if it has
-    none.
+    none. figures: the strategy's own, of the round's aggregate.
     """
 
     round: int
@@ -46,6 +46,7 @@ class RoundReport:
     sent: tuple[Entry, ...] = ()
     came: tuple[Entry, ...] = ()
     aborted: str = ""
+    figures: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
 
 
 class AbortedRoundError(QuorumError):
@@ -127,6 +128,7 @@ def play_round(
         sent=tuple(books.down),
         came=tuple(books.up),
         aborted=aborted,
+        figures={} if aborted else strategy.figures(after),
     )
     if aborted:
         raise AbortedRoundError(report)
