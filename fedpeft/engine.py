@@ -85,9 +85,8 @@ def play_round(
 
     seam: what is done to messages beside the algorithm, and, where the seed may not decide it, who
     takes part. A round that sampling leaves empty keeps the state, unless the seam releases
-    something all the same. Raises AbortedRoundError when fewer valid replies come back than
-    ``rounds.quorum`` of the clients sampled, or than what receives them needs; the state is then
-    unchanged.
+    something all the same. Raises AbortedRoundError, with the state unchanged, when fewer valid
+    replies come back than ``rounds.quorum`` of the clients sampled, or than their receiver needs.
     """
     began = time.perf_counter()
     draw = partial(sampling.draw, rounds.sampling)

@@ -1,14 +1,16 @@
 """The MNIST experiment of "Every Parameter Matters": accuracy by coverage, at equal size.
 
-    python experiments/studies/epm_mnist/measure.py MNIST.npz [--division shards] [--only CODE ...]
+    python experiments/studies/epm_mnist/measure.py MNIST.npz [--division shards] [--regions random]
     python experiments/studies/epm_mnist/measure.py --table
 
 A code lists the types of a round's ten participants (``fedpeft.masks.DROPPED``): which quarters of
-the first layer's weights, sorted by magnitude, they go without. A participant starts from the
-masked weights and masks its gradients; the server takes the mean over the clients that have a
-weight (``fedpeft.coverage``), and what nobody has stays. Every run is a line of ``results.jsonl``;
-runs that are there are not made again. Participants train one after another: a client's weights,
-momentum and mask then stay in a processor's cache, which is faster on one thread than all at once.
+the first layer's weights, sorted by magnitude, they go without. With ``--regions random`` they are
+sorted by a draw of each round, so that every quarter has the same share of the weights. A
+participant starts from the masked weights and masks its gradients; the server takes the mean over
+the clients that have a weight (``fedpeft.coverage``), and what nobody has stays. Every run is a
+line of ``results.jsonl``; runs that are there are not made again. Participants train one after
+another: a client's weights, momentum and mask then stay in a processor's cache, which is faster on
+one thread than all at once.
 """
 
 from __future__ import annotations
@@ -145,17 +147,24 @@ def accuracy(network: Tree, data: Data) -> float:
     return float(100 * hits.double().mean())
 
 
-def play(code: str, division: str, seed: int, data: Data) -> dict[str, Any]:
+def scores(first: Tensor, regions: str, seed: int, t: int) -> Tensor:
+    """What the first layer's weights are sorted by, ``[n]``."""
+    if regions == "magnitude":
+        return first.abs().flatten()
+    return torch.rand(first.numel(), generator=torch_stream(seed, "regions", t))
+
+
+def play(code: str, division: str, regions: str, seed: int, data: Data) -> dict[str, Any]:
     """One run. The same seed is the same start, division, participants, batches and dropout."""
     began = time.perf_counter()
     own = divide(data.train_labels, division, seed)
     network, types = start(seed), tuple(float(kind) for kind in code)
-    scores, noise, least, sizes = [], [], [], []
+    hits, noise, least, sizes = [], [], [], []
     for t in range(ROUNDS):
         drawn = numpy_stream(seed, "sample", t).permutation(CLIENTS)[: len(code)]
         names = [f"client-{i}" for i in drawn]
         ask = Ask(names, types, t, seed)
-        first = choose("quartile", network[FIRST].abs().flatten(), ask, FIRST)
+        first = choose("quartile", scores(network[FIRST], regions, seed, t), ask, FIRST)
         masks = {FIRST: first.view(-1, *network[FIRST].shape)}
         noise.append(float(reduction(network, masks).max()))
         sizes.append(float(first.double().mean()))
@@ -176,13 +185,14 @@ def play(code: str, division: str, seed: int, data: Data) -> dict[str, Any]:
         rest = stack([{n: x for n, x in r.items() if n != FIRST} for r in replies])
         network = {n: x.mean(0) for n, x in rest.items()} | cover.mean()
         if t >= ROUNDS - 10:
-            scores.append(accuracy(network, data))
+            hits.append(accuracy(network, data))
     return {
         "code": code,
         "division": division,
+        "regions": regions,
         "seed": seed,
-        "accuracy": round(statistics.mean(scores), 3),
-        "last": round(scores[-1], 2),
+        "accuracy": round(statistics.mean(hits), 3),
+        "last": round(hits[-1], 2),
         "gamma": min(least),
         "size": round(statistics.mean(sizes), 4),
         "noise": round(statistics.mean(noise), 4),
@@ -199,61 +209,67 @@ def interval(values: list[float]) -> str:
     return f"{mean:.2f} ± {half:.2f}"
 
 
-def rows_of(lines: list[dict[str, Any]]) -> list[list[str]]:
-    """The tables: by division and code, then the pairs of equal size, seed by seed."""
-    rows = [["division", "code", "Γ_min", "size", "δ²", "seeds", "accuracy %", "authors' %"]]
-    pairs = [["division", "wider", "less", "seeds", "difference", "wider is ahead", "authors'"]]
-    for division in ("iid", "shards"):
-        found: dict[str, dict[int, float]] = {}
-        for code, theirs in CODES.items():
-            own = [r for r in lines if (r["division"], r["code"]) == (division, code)]
-            if not own:
-                continue
-            found[code] = {r["seed"]: r["accuracy"] for r in own}
-            noise = statistics.mean(r["noise"] for r in own)
-            gamma, size, few = own[0]["gamma"], own[0]["size"], str(len(own))
-            cells = [
-                str(gamma),
-                f"{size:.3f}",
-                f"{noise:.3f}",
-                few,
-                interval([*found[code].values()]),
-            ]
-            rows.append([division, code, *cells, f"{theirs:.2f}"])
+def by_setting(lines: list[dict[str, Any]]) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
+    """Division and regions -> code -> seed -> line, in the order of the tables."""
+    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for division, regions in (("iid", "magnitude"), ("iid", "random"), ("shards", "magnitude")):
+        own = [r for r in lines if (r["division"], r["regions"]) == (division, regions)]
+        runs = {code: {r["seed"]: r for r in own if r["code"] == code} for code in CODES}
+        found[f"{division}, {regions}"] = {code: one for code, one in runs.items() if one}
+    return found
+
+
+def codes_table(lines: list[dict[str, Any]]) -> list[list[str]]:
+    """Accuracy by setting and code."""
+    rows = [["setting", "code", "Γ_min", "size", "δ²", "seeds", "accuracy %", "authors' %"]]
+    for setting, codes in by_setting(lines).items():
+        for code, seeds in codes.items():
+            runs = list(seeds.values())
+            noise = statistics.mean(r["noise"] for r in runs)
+            what = [str(runs[0]["gamma"]), f"{runs[0]['size']:.3f}", f"{noise:.3f}"]
+            ours = interval([r["accuracy"] for r in runs])
+            rows.append([setting, code, *what, str(len(runs)), ours, f"{CODES[code]:.2f}"])
+    return rows
+
+
+def pairs_table(lines: list[dict[str, Any]]) -> list[list[str]]:
+    """What wider coverage gains at equal size, seed by seed."""
+    rows = [["setting", "wider", "less", "seeds", "difference", "wider is ahead", "authors'"]]
+    for setting, codes in by_setting(lines).items():
         for wide, narrow in PAIRS:
-            both = sorted(found.get(wide, {}).keys() & found.get(narrow, {}).keys())
-            if both:
-                gains = [found[wide][s] - found[narrow][s] for s in both]
-                ahead = f"{sum(g > 0 for g in gains)} of {len(gains)}"
+            one, two = codes.get(wide, {}), codes.get(narrow, {})
+            gains = [one[s]["accuracy"] - two[s]["accuracy"] for s in sorted(one.keys() & two)]
+            if gains:
+                ahead = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
                 theirs = f"{CODES[wide] - CODES[narrow]:+.2f}"
-                pairs.append(
-                    [division, wide, narrow, str(len(both)), interval(gains), ahead, theirs]
-                )
-    return rows, pairs
+                few = str(len(gains))
+                rows.append([setting, wide, narrow, few, interval(gains), ahead, theirs])
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("data", nargs="?", type=Path, help="mnist.npz")
     parser.add_argument("--division", choices=["iid", "shards"], default="iid")
+    parser.add_argument("--regions", choices=["magnitude", "random"], default="magnitude")
     parser.add_argument("--only", nargs="*", default=list(CODES), help="these codes only")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
     lines = [json.loads(x) for x in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     if asked.table:
-        for table in rows_of(lines):
+        for table in (codes_table(lines), pairs_table(lines)):
             for row in (table[0], ["---"] * len(table[0]), *table[1:]):
                 print("| " + " | ".join(row) + " |")
             print()
         return
     torch.set_num_threads(1)
-    data = Data.read(asked.data)
-    done = {(r["code"], r["division"], r["seed"]) for r in lines}
+    data, setting = Data.read(asked.data), (asked.division, asked.regions)
+    done = {(r["code"], r["division"], r["regions"], r["seed"]) for r in lines}
     for seed in asked.seeds:
         for code in asked.only:
-            if (code, asked.division, seed) not in done:
-                line = play(code, asked.division, seed, data)
+            if (code, *setting, seed) not in done:
+                line = play(code, *setting, seed, data)
                 with RESULTS.open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 print(line, flush=True)
