@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedpeft.codecs import bits
 from fedpeft.errors import FedpeftError, suggest
-from fedpeft.lowrank import is_a, is_b, lora_pairs
+from fedpeft.lowrank import is_a, is_b
 from fedpeft.streams import numpy_stream
 from fedpeft.tree import Tree, shared
 
@@ -111,7 +111,6 @@ def choose(policy: str, scores: Tensor, ask: Ask, group: str) -> Tensor:
     """
     w = len(scores)
     found = torch.zeros(len(ask.clients), w, dtype=torch.bool, device=scores.device)
-    largest = torch.argsort(scores, descending=True, stable=True)
     if policy == "quartile":
         if w < 4 and set(ask.budgets) != {1}:
             raise FedpeftError(
@@ -124,26 +123,25 @@ def choose(policy: str, scores: Tensor, ask: Ask, group: str) -> Tensor:
             gone = torch.tensor(DROPPED[int(kind)], device=scores.device)
             found[k] = ~torch.isin(quarter, gone)
         return found
+    order = torch.arange(w)
+    if policy in ("magnitude", "neuron"):
+        order = torch.argsort(scores, descending=True, stable=True)
+    elif policy == "rolling":
+        order = (order + ask.round) % w
     for k, (client, budget) in enumerate(zip(ask.clients, ask.budgets, strict=True)):
-        if policy in ("magnitude", "neuron"):
-            order = largest
-        elif policy == "rolling":
-            order = (torch.arange(w) + ask.round) % w
-        elif policy in ("random", "fixed_subnet"):
+        if policy in ("random", "fixed_subnet"):
             own = (ask.round, client) if policy == "random" else (repr(budget),)
             order = torch.from_numpy(numpy_stream(ask.seed, policy, *own, group).permutation(w))
-        else:
-            order = torch.arange(w)
         found[k, order[: max(1, math.ceil(budget * w - 1e-9))]] = True
     return found
 
 
 def masks(policy: str, level: Level, adapter: Tree, ask: Ask) -> Tree:
     """The masks of these clients: every LoRA factor's name -> bool ``[K, *shape]``."""
-    pairs = lora_pairs(adapter, "epm")
+    pairs = [(n, n.replace(".lora_A.", ".lora_B.")) for n in sorted(adapter) if is_a(n)]
     k, found = len(ask.clients), {}
     if level == "elements":
-        for name in (name for pair in pairs.values() for name in pair):
+        for name in (name for pair in pairs for name in pair):
             x = adapter[name]
             scores = x.norm(dim=1) if policy == "neuron" else x.abs().flatten()
             units = choose(policy, scores, ask, name)
@@ -151,14 +149,14 @@ def masks(policy: str, level: Level, adapter: Tree, ask: Ask) -> Tree:
             found[name] = units.view(shape).expand(k, *x.shape)
         return found
     if level == "modules":
-        sizes = torch.stack([_component(policy, adapter, pair).norm() for pair in pairs.values()])
+        sizes = torch.stack([_component(policy, adapter, pair).norm() for pair in pairs])
         units = choose(policy, sizes, ask, "modules")
-        for i, pair in enumerate(pairs.values()):
+        for i, pair in enumerate(pairs):
             for name in pair:
                 found[name] = units[:, i, None, None].expand(k, *adapter[name].shape)
         return found
-    for layer, (a, b) in pairs.items():
-        units = choose(policy, _component(policy, adapter, (a, b)), ask, layer)
+    for a, b in pairs:
+        units = choose(policy, _component(policy, adapter, (a, b)), ask, a)
         found[a] = units[:, :, None].expand(k, *adapter[a].shape)
         found[b] = units[:, None, :].expand(k, *adapter[b].shape)
     return found
@@ -174,9 +172,9 @@ def take(level: Level, stacked: Tree, masks: Tree) -> Tree:
     """What clients are sent of an adapter, or send of their own: what they train.
 
     stacked: ``[K, *shape]``; of all clients the same tensors (``tree.broadcast``) may give views of
-    one copy. Factors come as ``[K, q, d_in]`` and ``[K, d_out, q]``
-    (``ranks``), whole or not at all (``modules``), or as ``[K, q]`` (``elements``); clients of one
-    call must have as many units each. Other tensors are as they were.
+    one copy. Factors come as ``[K, q, d_in]`` and ``[K, d_out, q]`` (``ranks``), whole or not at
+    all (``modules``), or as ``[K, q]`` (``elements``); clients of one call must have as many units
+    each. Other tensors are as they were.
     """
     found = {}
     for name, x in stacked.items():

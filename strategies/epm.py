@@ -107,7 +107,7 @@ class EPM(Strategy[State]):
         each = torch.cat(noise, dim=1)
         figures: dict[str, float | list[float]] = {
             "gamma_min": cover.least(),
-            "coverage": [float(n) for n in cover.histogram(clients)],
+            "coverage": [*cover.histogram(clients)],
             "reduction_max": each.amax(1).tolist(),
             "reduction_mean": each.mean(1).tolist(),
         }
