@@ -32,7 +32,8 @@ class RoundReport:
     client -> why its training failed or its reply was refused. replied: clients in the aggregate.
     loss: mean training loss of the replies, by weight. down, up: bytes by kind. sent, came: the
     same by client and exchange. seconds: wall time. aborted: why the round has no result, if it has
-    none. zeros: clients whose update was zero; not told where noise hides the updates.
+    none. zeros: clients whose update was zero; not told where noise hides the updates. figures: the
+    strategy's own, of the round's aggregate.
     """
 
     round: int
@@ -48,6 +49,7 @@ class RoundReport:
     came: tuple[Entry, ...] = ()
     aborted: str = ""
     zeros: tuple[str, ...] = ()
+    figures: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
 
 
 class AbortedRoundError(QuorumError):
@@ -86,9 +88,8 @@ def play_round(
 
     seam: what is done to messages beside the algorithm, and, where the seed may not decide it, who
     takes part. A round that sampling leaves empty keeps the state, unless the seam releases
-    something all the same. Raises AbortedRoundError when fewer valid replies come back than
-    ``rounds.quorum`` of the clients sampled, or than what receives them needs; the state is then
-    unchanged.
+    something all the same. Raises AbortedRoundError, with the state unchanged, when fewer valid
+    replies come back than ``rounds.quorum`` of the clients sampled, or than their receiver needs.
     """
     began = time.perf_counter()
     draw = partial(sampling.draw, rounds.sampling)
@@ -118,6 +119,7 @@ def play_round(
         came=tuple(books.up),
         aborted=aborted,
         zeros=() if seam.post.always else tuple(sorted(books.zeros)),
+        figures={} if aborted else strategy.figures(after),
     )
     if aborted:
         raise AbortedRoundError(report)

@@ -266,6 +266,7 @@ class Job:
                 "bytes_up": report.up,
                 "seconds": report.seconds,
                 **({"aborted": report.aborted} if report.aborted else {}),
+                **({"figures": dict(report.figures)} if report.figures else {}),
             },
         )
         books = {

@@ -8,6 +8,7 @@ which is exact: with the same s = alpha / r for everybody, W + s B A is the clie
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from torch.nn.functional import pad
 
@@ -17,6 +18,8 @@ from fedpeft.message import Messages, Replies
 from fedpeft.strategy import Problem
 from fedpeft.streams import numpy_stream
 from fedpeft.tree import Tree
+
+T = TypeVar("T")
 
 
 def full_rank(initial: Tree) -> int:
@@ -31,23 +34,35 @@ def assign(problem: Problem, ranks: Sequence[int], of_client: Mapping[str, int])
     twice to twice as many. Both empty: everybody has the full rank. Raises FedpeftError for a rank
     outside [1, r] and for clients that do not exist.
     """
-    full, names = full_rank(problem.initial), sorted(problem.clients)
-    unknown = sorted(set(of_client) - set(names))
-    if unknown:
-        raise FedpeftError(
-            f"strategy.client_ranks names {unknown[0]!r}, which is no client: the clients are "
-            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
-        )
+    full = full_rank(problem.initial)
     for rank in (*ranks, *of_client.values()):
         if not 1 <= rank <= full:
             raise FedpeftError(
                 f"strategy.ranks has {rank}, but ranks lie between 1 and adapter.r={full}: the "
                 f"model must hold the largest. Raise adapter.r, or lower the rank."
             )
+    return deal(problem, list(ranks) or [full], of_client, "ranks")
+
+
+def deal(
+    problem: Problem, values: Sequence[T], of_client: Mapping[str, T], what: str
+) -> dict[str, T]:
+    """Each client's value: as ``of_client`` says, else drawn from ``values`` by the run's seed.
+
+    Every value in the list goes to the same number of clients, up to one; one that is listed twice
+    to twice as many. what: the plural in the setting's name, and the stream's. Raises FedpeftError
+    for clients that do not exist.
+    """
+    names = sorted(problem.clients)
+    unknown = sorted(set(of_client) - set(names))
+    if unknown:
+        raise FedpeftError(
+            f"strategy.client_{what} names {unknown[0]!r}, which is no client: the clients are "
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
+        )
     others = [name for name in names if name not in of_client]
-    order = numpy_stream(problem.seed, "ranks").permutation(len(others))
-    each = list(ranks) or [full]
-    drawn = {others[k]: each[i % len(each)] for i, k in enumerate(order.tolist())}
+    order = numpy_stream(problem.seed, what).permutation(len(others))
+    drawn = {others[k]: values[i % len(values)] for i, k in enumerate(order.tolist())}
     return drawn | dict(of_client)
 
 

@@ -194,6 +194,10 @@ class Strategy(ABC, Generic[S]):
         """
         return messages.trees["adapter"]
 
+    def figures(self, state: S) -> Mapping[str, float | Sequence[float]]:
+        """What the last round's aggregate says of itself, for the run's record; {} for nothing."""
+        return {}
+
     def base(self, state: S) -> Tree:
         """How far the frozen weights are from the pretrained: LoRA layer -> ``[d_out, d_in]``."""
         return {}

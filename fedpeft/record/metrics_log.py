@@ -5,7 +5,8 @@ before the first, null for what belongs to the whole run and is written at its e
 
 - ``round``: ``clients``, how many were sampled; ``replies``, how many are in the aggregate;
   ``failures``, a list of ``{client, reason}``; ``loss``, the replies' mean training loss in nats;
-  ``bytes_down``, ``bytes_up``, of all clients together, by kind; ``seconds``.
+  ``bytes_down``, ``bytes_up``, of all clients together, by kind; ``seconds``; where the strategy
+  has some, ``figures`` of its own: name -> number or list of numbers.
 - ``bytes``: ``down``, ``up``: the same by client, a list of ``{clients, each}``: what each of these
   clients was sent, or sent, in one exchange, by kind.
 - ``evaluation``: ``scope``, ``test`` (the global test set) or ``clients`` (every client's
