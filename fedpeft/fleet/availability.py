@@ -44,8 +44,8 @@ class Availability(Protocol):
     def until(self, clients: np.ndarray, time: float) -> np.ndarray:
         """When those who are there leave, float64 ``[K]``, seconds; infinite for not."""
 
-    def next(self, time: float) -> float:
-        """When somebody will be there, at ``time`` or after; NaN where only rounds decide."""
+    def next(self, time: float, usable: np.ndarray) -> float:
+        """When one of ``usable`` is there, at ``time`` or after; NaN where rounds decide."""
 
     def online(self, client: int, end: float) -> float:
         """Seconds from 0 to ``end`` that a client is there."""
@@ -82,7 +82,7 @@ class ByRound:
     def until(self, clients: np.ndarray, time: float) -> np.ndarray:
         return np.full(len(clients), np.inf)
 
-    def next(self, time: float) -> float:
+    def next(self, time: float, usable: np.ndarray) -> float:
         return math.nan
 
     def online(self, client: int, end: float) -> float:
@@ -184,8 +184,9 @@ class Traced:
     def until(self, clients: np.ndarray, time: float) -> np.ndarray:
         return np.array([self.of(int(i)).until(time) for i in clients])
 
-    def next(self, time: float) -> float:
-        return min(trace.next(time) for trace in self.traces[: self.count])
+    def next(self, time: float, usable: np.ndarray) -> float:
+        used = np.unique(np.flatnonzero(usable) % len(self.traces))
+        return min((self.traces[k].next(time) for k in used), default=math.inf)
 
     def online(self, client: int, end: float) -> float:
         return self.of(client).online(end)

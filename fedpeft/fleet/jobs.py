@@ -49,13 +49,15 @@ class Jobs:
 
     def computed(self, end: np.ndarray) -> np.ndarray:
         """Seconds of computation that are done ``end`` seconds after the start."""
-        return np.clip(end - self.down - self.load, 0.0, self.compute)
+        done: np.ndarray = np.clip(end - self.down - self.load, 0.0, self.compute)
+        return done
 
     def arrived(self, end: np.ndarray) -> np.ndarray:
         """Whole bytes of the reply that are there by then, int64 ``[K]``."""
         begun = end - (self.total - self.up)
         share = np.clip(begun / np.maximum(self.up, 1e-300), 0.0, 1.0)
-        return np.floor(share * self.size).astype(np.int64)
+        found: np.ndarray = np.floor(share * self.size).astype(np.int64)
+        return found
 
 
 @dataclass(frozen=True)

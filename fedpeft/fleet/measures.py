@@ -88,6 +88,13 @@ class Books:
     def restored(memory: dict[str, Any]) -> Books:
         """What ``memory`` gave."""
         compute, wasted, energy = memory["sums"]
-        arrays = (memory["delivered"].numpy(), memory["busy"].numpy())
-        rest = (memory["waits"], dict(memory["lost"]), list(memory["curve"]))
-        return Books(*arrays, compute, wasted, energy, *rest)
+        return Books(
+            memory["delivered"].numpy().copy(),
+            memory["busy"].numpy().copy(),
+            compute,
+            wasted,
+            energy,
+            memory["waits"],
+            dict(memory["lost"]),
+            list(memory["curve"]),
+        )

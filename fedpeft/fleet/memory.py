@@ -45,7 +45,8 @@ class Footprint:
         if checkpointing:
             kept = tokens * batch * self.width * self.layers * self.size + layer
         own = adapter * self.trained * (self.size + 4 + 8 + 4)
-        return np.asarray(self.frozen * self.size + own + kept, np.float64)
+        found: np.ndarray = np.asarray(self.frozen * self.size + own + kept, np.float64)
+        return found
 
 
 @dataclass(frozen=True)

@@ -73,26 +73,16 @@ class Simulator:
         there = self.availability.there(self.clock.now, round) & self.usable
         if there.any() or self.buffered.flights:
             return there
-        for _ in range(self.count):
-            soon = self.availability.next(self.clock.now)
-            if math.isnan(soon):
-                return there
-            if math.isinf(soon):
-                raise FedpeftError(
-                    f"fleet.trace={self.settings.trace!r}: nobody will ever be there after "
-                    f"{self.clock.now:.0f} s. Give another trace."
-                )
-            self.clock.forward(soon)
-            there = self.availability.there(self.clock.now, round) & self.usable
-            if there.any():
-                return there
-            self.clock.forward(math.nextafter(float(self._leave(soon)), math.inf))
-        return there
-
-    def _leave(self, time: float) -> float:
-        """When the first of those who are there, and cannot train, leaves."""
-        there = np.flatnonzero(self.availability.there(time, 0))
-        return float(self.availability.until(there, time).min()) if len(there) else time
+        soon = self.availability.next(self.clock.now, self.usable)
+        if math.isnan(soon):
+            return there
+        if math.isinf(soon):
+            raise FedpeftError(
+                f"fleet.trace={self.settings.trace!r}: nobody who can train is ever there. Give "
+                f"another trace, or devices with more memory."
+            )
+        self.clock.forward(soon)
+        return self.availability.there(self.clock.now, round) & self.usable
 
     def jobs(
         self, clients: np.ndarray, round: int, down: np.ndarray, up: np.ndarray, work: Work
@@ -192,7 +182,9 @@ def _speed(settings: Fleet, seed: int, count: int) -> Speed:
         return PerBatch(table[:, 0], table[:, 1], modes)
     if settings.preset == "fedscale":
         return PerExample(_capacities(settings, seed, count)[0] * factor)
-    shares = JETSON80 if settings.preset == "jetson80" else {settings.preset: 1}
+    shares: dict[str, int] = {str(settings.preset): 1}
+    if settings.preset == "jetson80":
+        shares = JETSON80
     profiles, kind = mixed(shares, count, devices)
     return Peaks(
         tuple(profiles),

@@ -74,8 +74,9 @@ class Peaks:
         return slower
 
     def memory(self, clients: np.ndarray) -> np.ndarray:
-        have: np.ndarray = np.array([profile.memory for profile in self.profiles])
-        return have[self.kind[clients]]
+        have = np.array([profile.memory for profile in self.profiles])
+        found: np.ndarray = have[self.kind[clients]]
+        return found
 
     def watts(self, clients: np.ndarray, round: int) -> np.ndarray:
         none = [profile.power or (np.nan,) * len(profile.modes) for profile in self.profiles]

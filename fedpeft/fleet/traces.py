@@ -5,7 +5,7 @@ Write them out as JSON once, on a machine where you trust the file; docs/fleets.
 
 - FedScale's capacities: ``{client: {"computation": ms per example, "communication": kbit/s}}``.
 - FedScale's availability: ``{client: {"active": [s], "inactive": [s], "finish_time": s}}``.
-- FLASH's states: ``{client: {"messages": "2020-01-29 00:00:00\\tbattery_charged_on\\n..."}}``; a
+- FLASH's states: ``{client: {"messages": "2020-01-29 00:00:00<tab>battery_charged_on..."}}``; a
   client is there while its screen is off or locked, its battery charges and it is on Wi-Fi.
 """
 
