@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -24,6 +24,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from fedpeft import strategy as strategies
 from fedpeft.config import Data, Engine, Model, Recipe
 from fedpeft.config_comms import check_comms
+from fedpeft.config_fleet import check_fleet
 from fedpeft.config_privacy import check_privacy
 from fedpeft.config_rules import RULES
 from fedpeft.errors import FedpeftError, suggest
@@ -31,7 +32,12 @@ from fedpeft.errors import FedpeftError, suggest
 Layer = dict[str, Any]
 
 _KINDS = {"adapter": "kind", "strategy": "name"}
-_PATHS = (("data", "source", Data().source), ("model", "name", Model().name))
+_PATHS = (
+    ("data", "source", Data().source),
+    ("model", "name", Model().name),
+    ("fleet", "trace", ""),
+    ("fleet", "capacities", ""),
+)
 _KEY = re.compile(r"[^.=\[\]\s]+(\.[^.=\[\]\s]+)*")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _SUFFIXES = (".yaml", ".yml")
@@ -40,10 +46,10 @@ _SUFFIXES = (".yaml", ".yml")
 def load_recipe(path_or_builtin: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a file, or of a built-in name, with ``key=value`` overrides.
 
-    A plain name (no slash, no .yaml) is a built-in recipe. ``data.source`` and ``model.name`` in
-    the file are taken as relative to the file, in overrides to the working folder, where something
-    lies there; else they stay as they are (names on the hub). Raises FedpeftError for all that is
-    wrong, with the key, the value and the rule.
+    A plain name (no slash, no .yaml) is a built-in recipe. ``data.source``, ``model.name`` and a
+    fleet's files are taken as relative to the file, in overrides to the working folder, where
+    something lies there; else they stay as they are (names on the hub). Raises FedpeftError for
+    all that is wrong, with the key, the value and the rule.
     """
     if Path(path_or_builtin).name == path_or_builtin and not path_or_builtin.endswith(_SUFFIXES):
         return parse_recipe(_read_builtin(path_or_builtin), path_or_builtin, overrides)
@@ -91,6 +97,27 @@ def dump_recipe(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
+def differences(before: Recipe, now: Recipe) -> list[str]:
+    """Each key of two recipes that changes a result, with both values, where they differ."""
+    was, new = (_flat(asdict(recipe)) for recipe in (before, now))
+    return [
+        f"{key}={new.get(key)!r}, was {was.get(key)!r}"
+        for key in sorted({*was, *new})
+        if was.get(key) != new.get(key) and key.split(".")[0] not in ("engine", "output", "name")
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
 def load_strategy(recipe: Recipe) -> strategies.Strategy[Any]:
     """The recipe's strategy with its settings. Raises FedpeftError where they do not fit it."""
     settings = dict(recipe.strategy)
@@ -128,6 +155,7 @@ def check(recipe: Recipe) -> None:
     _check_engine(recipe.engine)
     check_privacy(recipe)
     check_comms(recipe)
+    check_fleet(recipe)
     recipe.robust.check_settings()
     recipe.attack.check()
     if not _DEVICE.fullmatch(recipe.engine.device):

@@ -26,17 +26,29 @@ class Arrival:
 
 
 @dataclass(frozen=True)
+class Landing:
+    """A job that has ended: how, how many seconds it took, and computed."""
+
+    client: int
+    kind: str
+    seconds: float
+    computed: float
+
+
+@dataclass(frozen=True)
 class Window:
     """From one version of the server's model to the next.
 
-    started: clients that began, in order. jobs, ends: theirs. arrived: the buffer. lost: client ->
-    how its job ended. busy: seconds that clients were at work, all together.
+    started: clients that began, in order. parts: their jobs, and how they end. arrived: the buffer.
+    lost: client -> how its job ended. landed: all that ended. busy: seconds that clients were at
+    work, all together.
     """
 
     started: tuple[int, ...]
     parts: tuple[tuple[Jobs, Ends], ...]
     arrived: tuple[Arrival, ...]
     lost: dict[int, str]
+    landed: tuple[Landing, ...]
     busy: float
 
 
@@ -50,7 +62,7 @@ class Buffered:
 
     size: replies in a full buffer, K. concurrency: clients at work. eager: others begin as soon as
     one is done. most: the staleness at which a reply is thrown away (0: none is).
-    flights: client -> (version, when it began), of those at work.
+    flights: client -> (version, when it began, seconds that it will compute), of those at work.
     """
 
     clock: Clock
@@ -58,7 +70,7 @@ class Buffered:
     concurrency: int
     eager: bool = True
     most: int = 0
-    flights: dict[int, tuple[int, float]] = field(default_factory=dict)
+    flights: dict[int, tuple[int, float, float]] = field(default_factory=dict)
 
     def window(self, version: int, order: np.ndarray, begin: Begin) -> Window:
         """Plays until the buffer is full, or nothing is to come.
@@ -69,7 +81,7 @@ class Buffered:
         waiting = [int(client) for client in order if int(client) not in self.flights]
         later = [int(client) for client in order if int(client) in self.flights]
         parts, arrived = list[tuple[Jobs, Ends]](), list[Arrival]()
-        lost: dict[int, str] = {}
+        lost, landed = dict[int, str](), list[Landing]()
         before, busy = self.clock.now, 0.0
         self._fill(version, waiting, begin, parts)
         while len(arrived) < self.size:
@@ -78,14 +90,14 @@ class Buffered:
                 break
             busy += at_work * (event.time - before)
             before = event.time
-            self._land(event, version, arrived, lost)
+            landed.append(self._land(event, version, arrived, lost))
             if event.client in later:
                 later.remove(event.client)
                 waiting.append(event.client)
             if self.eager and len(arrived) < self.size:
                 self._fill(version, waiting, begin, parts)
         started = tuple(int(c) for jobs, _ in parts for c in jobs.clients)
-        return Window(started, tuple(parts), tuple(arrived), lost, busy)
+        return Window(started, tuple(parts), tuple(arrived), lost, tuple(landed), busy)
 
     def _fill(
         self, version: int, waiting: list[int], begin: Begin, parts: list[tuple[Jobs, Ends]]
@@ -98,19 +110,22 @@ class Buffered:
         del waiting[:room]
         jobs, ends = begin(clients)
         parts.append((jobs, ends))
-        for client, kind, time in zip(clients, ends.kind, ends.time, strict=True):
+        computed = jobs.computed(ends.time)
+        for client, kind, time, done in zip(clients, ends.kind, ends.time, computed, strict=True):
             self.clock.log("start", int(client))
-            self.flights[int(client)] = (version, self.clock.now)
+            self.flights[int(client)] = (version, self.clock.now, float(done))
             self.clock.at(self.clock.now + float(time), str(kind), int(client), version)
 
     def _land(
         self, event: Event, version: int, arrived: list[Arrival], lost: dict[int, str]
-    ) -> None:
+    ) -> Landing:
         """A job has ended."""
-        began = self.flights.pop(event.client)[1]
-        if event.kind != DELIVERED:
-            lost[event.client] = event.kind
-        elif self.most and version - event.version > self.most:
-            lost[event.client] = STALE
+        _, began, computed = self.flights.pop(event.client)
+        kind, seconds = event.kind, event.time - began
+        if kind == DELIVERED and self.most and version - event.version > self.most:
+            kind = STALE
+        if kind == DELIVERED:
+            arrived.append(Arrival(event.client, event.version, seconds))
         else:
-            arrived.append(Arrival(event.client, event.version, event.time - began))
+            lost[event.client] = kind
+        return Landing(event.client, kind, seconds, computed)

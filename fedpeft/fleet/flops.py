@@ -58,6 +58,11 @@ class Flops:
         )
         return found
 
+    def forward(self, passes: int) -> Flops:
+        """Of so many forward passes and nothing else."""
+        token, pair = self.again
+        return Flops(passes * token, passes * self.adapter / 3, passes * pair, 0.0)
+
     def checkpointed(self) -> Flops:
         """With the forward pass of the base computed twice."""
         token, pair = self.again

@@ -41,11 +41,11 @@ class Footprint:
         """
         layer = tokens * batch * self.width * (34 + 5 * self.heads * tokens / self.width)
         layer = layer * self.size / 2
-        kept: np.ndarray | float = layer * self.layers
+        kept = layer * self.layers
         if checkpointing:
             kept = tokens * batch * self.width * self.layers * self.size + layer
         own = adapter * self.trained * (self.size + 4 + 8 + 4)
-        found: np.ndarray = np.asarray(self.frozen * self.size + own + kept, np.float64)
+        found: np.ndarray = np.float64(self.frozen * self.size) + np.asarray(own + kept)
         return found
 
 
@@ -60,8 +60,9 @@ class Fit:
     @property
     def adapted(self) -> np.ndarray:
         """Who trains in another way than the recipe says, bool ``[K]``."""
-        changed: np.ndarray = self.checkpointing | (self.batch < self.batch.max(initial=0))
-        return changed & self.possible
+        smaller = self.batch < self.batch.max(initial=0)
+        found: np.ndarray = (self.checkpointing | smaller) & self.possible
+        return found
 
 
 def fit(

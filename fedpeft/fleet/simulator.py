@@ -15,8 +15,8 @@ from fedpeft.fleet.availability import Availability, Labels, Traced, by_round
 from fedpeft.fleet.buffered import Buffered, Window
 from fedpeft.fleet.clock import Clock
 from fedpeft.fleet.draws import Draws
-from fedpeft.fleet.jobs import Ends, Jobs, alone, breaks
-from fedpeft.fleet.measures import Books, idle
+from fedpeft.fleet.jobs import DELIVERED, Ends, Jobs, alone, breaks
+from fedpeft.fleet.measures import Books
 from fedpeft.fleet.network import LINKS, Network, gilbert, grouped, uniform
 from fedpeft.fleet.profiles import JETSON80, TRANSMIT
 from fedpeft.fleet.rounds import waited
@@ -118,19 +118,29 @@ class Simulator:
         while self.clock.step() is not None:
             pass
         self.clock.forward(began + lasts)
-        self.book(jobs, ends, round)
-        return ends
-
-    def book(self, jobs: Jobs, ends: Ends, round: int) -> None:
-        """Adds jobs to the totals."""
         done = jobs.computed(ends.time)
         self.books.busy[jobs.clients] += ends.time
         self.books.compute += float(done.sum())
         self.books.wasted += float(done[~ends.good].sum())
+        self.books.miss([str(kind) for kind in ends.kind[~ends.good]])
+        self.charge(jobs, ends, round)
+        return ends
+
+    def charge(self, jobs: Jobs, ends: Ends, round: int) -> None:
+        """Adds the energy of jobs to the totals."""
+        done = jobs.computed(ends.time)
         moved = np.clip(ends.time - done - jobs.load, 0.0, None)
         watts = self.speed.watts(jobs.clients, round)
         self.books.energy += float((watts * done + TRANSMIT * moved).sum())
-        self.books.miss([str(kind) for kind in ends.kind[~ends.good]])
+
+    def land(self, window: Window) -> None:
+        """Adds what ended in a window to the totals."""
+        for one in window.landed:
+            self.books.busy[one.client] += one.seconds
+            self.books.compute += one.computed
+            if one.kind != DELIVERED:
+                self.books.wasted += one.computed
+                self.books.miss([one.kind])
 
     def deliver(self, clients: np.ndarray) -> None:
         """Notes whose replies counted; a client may be named twice."""
@@ -155,7 +165,7 @@ class Simulator:
         """Puts back what ``memory`` gave."""
         self.clock.restore(memory["clock"])
         self.books = Books.restored(memory["books"])
-        self.buffered.flights = {client: (v, t) for client, v, t in memory["flights"]}
+        self.buffered.flights = {c: (v, t, s) for c, v, t, s in memory["flights"]}
         self.bad = memory["bad"].numpy()
 
 
@@ -232,8 +242,3 @@ def _availability(
         else lookalike.availabilities(seed, SOME)
     )
     return Traced(traces.availabilities(found, "fleet.trace"), len(examples))
-
-
-def idle_of(ends: Ends, lasts: float) -> float:
-    """Idle fraction of a round that waits."""
-    return idle(ends.time[ends.good], lasts)
