@@ -166,6 +166,14 @@ NEEDED = {
     "robust.space=product": ["robust.rule=krum"],
     "attack.kind=backdoor": ["attack.trigger=[5]"],
     **{
+        f"{key}={option}": ["fleet.preset=jetson80"]
+        for key, hint in sections().items()
+        if key.startswith("fleet.") and str(hint).startswith("typing.Literal")
+        for option in hint.__args__
+        if key != "fleet.preset"
+    },
+    "fleet.policy=deadline": ["fleet.preset=jetson80", "fleet.deadline=9"],
+    **{
         f"comms.{way}.{setting}": [f"comms.{way}.codec={codec}"]
         for way in ("up", "down")
         for codec, settings in {
@@ -204,7 +212,7 @@ def test_every_option_is_taken_and_a_mistyped_one_refused(key: str) -> None:
 
 
 def test_the_options_are_found() -> None:
-    assert len(OPTIONS) == 31 and OPTIONS["engine.kind"] == ("cohort", "sequential", "flower")
+    assert len(OPTIONS) == 38 and OPTIONS["engine.kind"] == ("cohort", "sequential", "flower")
 
 
 # Values
