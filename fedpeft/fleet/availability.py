@@ -130,7 +130,7 @@ class Intervals:
         """``on[k] <= time mod period <= off[k]`` for some k."""
         at = time % self.period
         k = int(np.searchsorted(self.on, at, side="right")) - 1
-        return k >= 0 and at <= self.off[k]
+        return k >= 0 and bool(at <= self.off[k])
 
     def until(self, time: float) -> float:
         """When a client that is there leaves; one whose trace wraps without a gap stays."""

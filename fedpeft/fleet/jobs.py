@@ -56,7 +56,8 @@ class Jobs:
         """Whole bytes of the reply that are there by then, int64 ``[K]``."""
         begun = end - (self.total - self.up)
         share = np.clip(begun / np.maximum(self.up, 1e-300), 0.0, 1.0)
-        found: np.ndarray = np.floor(share * self.size).astype(np.int64)
+        part = np.where(end >= self.total, self.size, np.floor(share * self.size))
+        found: np.ndarray = part.astype(np.int64)
         return found
 
 
