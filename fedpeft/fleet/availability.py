@@ -52,7 +52,7 @@ class Availability(Protocol):
 
 
 @dataclass(frozen=True)
-class ByRound:
+class ByRound(Availability):
     """Probabilities float64 ``[N]``; kind as above, ``idl`` where they are all one."""
 
     chance: np.ndarray
@@ -167,7 +167,7 @@ class Intervals:
 
 
 @dataclass(frozen=True)
-class Traced:
+class Traced(Availability):
     """Availability by traces: client i follows trace ``i mod len(traces)``."""
 
     traces: Sequence[Intervals]

@@ -48,7 +48,7 @@ BANDWIDTH_SHARE = 0.7
 
 
 @dataclass(frozen=True)
-class Peaks:
+class Peaks(Speed):
     """``flops / (utilization * peak(mode))``, seconds.
 
     kind: int64 ``[N]``, of ``profiles``. factor: float64 ``[N]``, by which a client takes longer.
@@ -97,7 +97,7 @@ class Peaks:
 
 
 @dataclass(frozen=True)
-class PerExample:
+class PerExample(Speed):
     """``3 * examples * seconds`` (FedScale: backward counts as two forwards). float64 ``[N]``."""
 
     each: np.ndarray
@@ -114,7 +114,7 @@ class PerExample:
 
 
 @dataclass(frozen=True)
-class PerBatch:
+class PerBatch(Speed):
     """``batches * N(mean, std)`` seconds, the normal drawn per round. mean, std: ``[N]``."""
 
     mean: np.ndarray

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
-from fedpeft.config import Engine, Output, Recipe, Rounds, Sampling
-from fedpeft.config_load import check
+from fedpeft.config import Engine, Output, Privacy, Recipe, Rounds, Sampling
 from fedpeft.errors import FedpeftError, QuorumError
 from fedpeft.events import Summary, Watcher
 from fedpeft.fleet.settings import Fleet
 from fedpeft.forecast import forecast
+from fedpeft.job import begin
 from fedpeft.prepare import prepare
+from fedpeft.record.checkpoint import latest
 from fedpeft.run import resume, run
+from tests.fleet import frugal
 from tests.tiny import tiny_recipe, write_tiny
 
 CLIENTS = 8
@@ -197,20 +199,52 @@ def test_strategies_to_which_older_updates_mean_nothing_are_refused(
         run(recipe(files, tmp_path / "run", fleet, **strategy), Watcher())
 
 
-def test_settings_that_do_not_go_together_are_refused(files: Path, tmp_path: Path) -> None:
-    def refused(fleet: Fleet, match: str, **changes: Any) -> None:
-        own = dataclasses.replace(recipe(files, tmp_path, fleet), **changes)
-        with pytest.raises(FedpeftError, match=match):
-            check(own)
-
-    refused(Fleet(policy="fedbuff"), r"fleet\.preset=none has no devices")
-    refused(Fleet("rpi4", policy="deadline"), r"needs fleet\.deadline")
-    refused(Fleet("rpi4", deadline=3.0), r"fleet\.deadline=3 with fleet\.policy=sync")
-    refused(Fleet("rpi4", trace="x"), r"set fleet\.availability=trace")
-    refused(Fleet("rpi4", capacities="x"), r"set fleet\.preset=fedscale")
-    refused(Fleet("rpi4", policy="fedbuff", buffer=9, concurrency=3), "never fill")
-    refused(Fleet("rpi4"), "Use fleet.dropout", rounds=Rounds(failure_rate=0.1))
-    sampling = Rounds(sampling=Sampling("poisson"))
-    refused(Fleet("rpi4", policy="over_select"), "kind=poisson", rounds=sampling)
+def test_a_buffer_that_the_federation_cannot_fill_is_refused(files: Path, tmp_path: Path) -> None:
     with pytest.raises(FedpeftError, match=r"fleet\.buffer=10 replies of 8 clients at work"):
         run(recipe(files, tmp_path / "r", Fleet("rpi4", policy="fedbuff")), Watcher())
+
+
+def test_a_fleet_has_no_place_in_a_deployment(files: Path, tmp_path: Path) -> None:
+    own = recipe(files, tmp_path / "r", Fleet("rpi4"))
+    with pytest.raises(FedpeftError, match="in a deployment, whose devices and delays are real"):
+        begin(own, Watcher(), lambda *_: pytest.fail("not reached"), tmp_path / "ledger")
+
+
+def test_strategies_are_asked_for_efforts_and_told_times(files: Path, tmp_path: Path) -> None:
+    """A client that prunes half and trains a quarter of its adapter takes less time."""
+    fleet = Fleet("rpi4", network="lan")
+    played(recipe(files, tmp_path / "plain", fleet))
+    whole = recipe(files, tmp_path / "told", fleet, name="tests.fleet.frugal")
+    _, rounds, _ = played(whole)
+    before = lines(tmp_path / "plain", "fleet")
+    for line, other in zip(rounds, before, strict=True):
+        assert line["times"]["c0"] < other["times"]["c0"]
+        assert line["times"]["c1"] == other["times"]["c1"]
+    checkpoint, _ = latest(tmp_path / "told" / "checkpoints", frugal.State)
+    assert checkpoint.state.times == [line["times"] for line in rounds]
+
+
+def test_under_privacy_who_was_drawn_and_is_away_is_not_sent_anything(
+    files: Path, tmp_path: Path
+) -> None:
+    fleet = Fleet("rpi4", availability="homo", beta=0.4)
+    own = dataclasses.replace(
+        recipe(files, tmp_path / "run", fleet),
+        privacy=Privacy("record", noise_multiplier=1.0, delta=1e-3),
+    )
+    summary, rounds, trained = played(own)
+    kinds = [kind for line in rounds for kind in line["dropped"].values()]
+    assert set(kinds) == {"absent"} and summary.privacy
+    for line, other in zip(trained, rounds, strict=True):
+        assert line["clients"] == CLIENTS
+        assert line["replies"] == CLIENTS - len(other["dropped"])
+        each = sum(line["bytes_down"].values()) / line["replies"]
+        assert each == sum(trained[0]["bytes_down"].values()) / trained[0]["replies"]
+
+
+@pytest.mark.parametrize("preset", ["flash", "fedscale"])
+def test_traced_devices_play_a_run_too(files: Path, tmp_path: Path, preset: Any) -> None:
+    fleet = Fleet(preset, availability="trace", dropout=0.1)
+    summary, rounds, _ = played(recipe(files, tmp_path / "run", fleet))
+    assert summary.fleet is not None and summary.fleet.seconds > 0
+    assert all(line["seconds"] > 0 for line in rounds)
