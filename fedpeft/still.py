@@ -47,8 +47,6 @@ class Still:
                 weight = client_weights(sizes, self._prepared.recipe.rounds)
                 scalars = {**same.scalars, "weight": weight}
                 yield dataclasses.replace(same, clients=part.clients, scalars=scalars)
-            for name in sent.clients:
-                self._memory[name] = dict(self._memory.get(sent.clients[0], {}))
 
     def evaluate(self, round: int, *stacks: Messages) -> Iterator[dict[str, Score] | Failure]:
         """Nobody is measured."""
@@ -67,12 +65,15 @@ class Still:
         }
 
     def reply(self, round: int, all_sent: Messages) -> Messages:
-        """The first client's, one row; what it is given to keep is kept by all."""
+        """The first client's, one row; what it remembers and keeps, all do."""
         sent, own = all_sent.rows([0]), (self._memory, self._shelf)
         cohort = _Cohort(self._prepared, sent.clients, all_sent.clients, round, own)
         reply = self._prepared.strategy.train(sent, cohort)
         left = self._prepared.settings.leaving.leave(sent, reply, cohort)
         self._prepared.strategy.left(sent, left, cohort)
+        kept = self._memory.get(sent.clients[0], {})
+        for name in all_sent.clients if kept else ():
+            self._memory[name] = dict(kept)
         return left
 
 

@@ -248,3 +248,14 @@ def test_traced_devices_play_a_run_too(files: Path, tmp_path: Path, preset: Any)
     summary, rounds, _ = played(recipe(files, tmp_path / "run", fleet))
     assert summary.fleet is not None and summary.fleet.seconds > 0
     assert all(line["seconds"] > 0 for line in rounds)
+
+
+def test_strategies_of_several_exchanges_go_on_with_whoever_is_left(
+    files: Path, tmp_path: Path
+) -> None:
+    fleet = Fleet("jetson80", dropout=0.4)
+    summary, rounds, trained = played(recipe(files, tmp_path / "run", fleet, name="fedask"))
+    assert summary.fleet is not None and sum(summary.fleet.lost.values()) > 4
+    for line, other in zip(rounds, trained, strict=True):
+        assert len(line["times"]) == other["replies"] == CLIENTS - len(line["dropped"])
+        assert max(line["times"].values()) == pytest.approx(line["seconds"])
