@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from fedpeft.attacks.settings import Attack
 from fedpeft.codecs.settings import Codec
+from fedpeft.fleet.settings import Fleet
 from fedpeft.robust.settings import Robust
 
 
@@ -287,6 +288,7 @@ class Recipe:
     comms: Comms = field(default_factory=Comms)
     robust: Robust = field(default_factory=Robust)
     attack: Attack = field(default_factory=Attack)
+    fleet: Fleet = field(default_factory=Fleet)
     evaluation: Evaluation = field(default_factory=Evaluation)
     baselines: tuple[Literal["untrained", "local", "centralised"], ...] = (
         "untrained",

@@ -24,6 +24,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from fedpeft import strategy as strategies
 from fedpeft.config import Data, Engine, Model, Recipe
 from fedpeft.config_comms import check_comms
+from fedpeft.config_fleet import check_fleet
 from fedpeft.config_privacy import check_privacy
 from fedpeft.config_rounds import check_rounds
 from fedpeft.config_rules import RULES
@@ -33,7 +34,12 @@ from fedpeft.redact import without_secrets
 Layer = dict[str, Any]
 
 _KINDS = {"adapter": "kind", "strategy": "name"}
-_PATHS = (("data", "source", Data().source), ("model", "name", Model().name))
+_PATHS = (
+    ("data", "source", Data().source),
+    ("model", "name", Model().name),
+    ("fleet", "trace", ""),
+    ("fleet", "capacities", ""),
+)
 _KEY = re.compile(r"[^.=\[\]\s]+(\.[^.=\[\]\s]+)*")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _SUFFIXES = (".yaml", ".yml")
@@ -42,10 +48,10 @@ _SUFFIXES = (".yaml", ".yml")
 def load_recipe(path_or_builtin: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a file, or of a built-in name, with ``key=value`` overrides.
 
-    A plain name (no slash, no .yaml) is a built-in recipe. ``data.source`` and ``model.name`` in
-    the file are taken as relative to the file, in overrides to the working folder, where something
-    lies there; else they stay as they are (names on the hub). Raises FedpeftError for all that is
-    wrong, with the key, the value and the rule.
+    A plain name (no slash, no .yaml) is a built-in recipe. ``data.source``, ``model.name`` and a
+    fleet's files are taken as relative to the file, in overrides to the working folder, where
+    something lies there; else they stay as they are (names on the hub). Raises FedpeftError for
+    all that is wrong, with the key, the value and the rule.
     """
     if Path(path_or_builtin).name == path_or_builtin and not path_or_builtin.endswith(_SUFFIXES):
         return parse_recipe(_read_builtin(path_or_builtin), path_or_builtin, overrides)
@@ -130,6 +136,7 @@ def check(recipe: Recipe) -> None:
     _check_engine(recipe.engine)
     check_privacy(recipe)
     check_comms(recipe)
+    check_fleet(recipe)
     recipe.robust.check_settings()
     recipe.attack.check()
     if not _DEVICE.fullmatch(recipe.engine.device):

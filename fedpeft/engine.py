@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 from fedpeft import sampling
 from fedpeft.cohort.federation import client_weights
@@ -61,15 +61,37 @@ class AbortedRoundError(QuorumError):
 
 
 @dataclass(frozen=True)
+class Lost:
+    """A client whose reply will not count, and why. reached: whether it was sent its request.
+
+    came: bytes of its reply that were there when it broke off.
+    """
+
+    reason: str
+    reached: bool = True
+    came: int = 0
+
+
+class Timing(Protocol):
+    """A clock under which a round is played."""
+
+    def lost(self, state: Any, sent: Sequence[Messages]) -> Mapping[str, Lost]:
+        """Plays an exchange in which ``sent`` goes out: whose replies will not be there in time."""
+
+
+@dataclass(frozen=True)
 class Seam:
     """What a round does beside its strategy.
 
     post: what is done to messages (the server's half). names: who takes part, sorted, where it is
-    not for the recipe's seed to say.
+    not for the recipe's seed to say. timing: who is in time; without one everybody is. wanted: of
+    how many clients the quorum is a share, where more are asked (0: of all that are).
     """
 
     post: Postprocessor = NOTHING
     names: tuple[str, ...] | None = None
+    timing: Timing | None = None
+    wanted: int = 0
 
 
 PLAIN = Seam()
@@ -99,31 +121,18 @@ def play_round(
         after = _nobody(strategy, state, federation, number, seam)
         seconds = time.perf_counter() - began
         return after, RoundReport(number, (), (), {}, 0, math.nan, {}, {}, seconds)
-    books = _Books([], [], dict.fromkeys(sorted(lost), "dropped out"))
+    books = Books([], [], dict.fromkeys(sorted(lost), "dropped out"))
     after, aborted = state, ""
     try:
         after = _played(strategy, state, federation, rounds, (number, names), seam, books)
     except QuorumError as error:
         aborted = str(error)
-    report = RoundReport(
-        round=number,
-        sampled=names,
-        dropped=tuple(sorted(lost)),
-        excluded={name: why for name, why in sorted(books.lost.items()) if name not in lost},
-        replied=books.replied,
-        loss=books.loss,
-        down=totals(books.down),
-        up=totals(books.up),
-        seconds=time.perf_counter() - began,
-        sent=tuple(books.down),
-        came=tuple(books.up),
-        aborted=aborted,
-        zeros=() if seam.post.always else tuple(sorted(books.zeros)),
-        figures={} if aborted else strategy.figures(after),
-    )
+    report = books.report(number, names, lost | books.late, time.perf_counter() - began, aborted)
+    if not seam.post.always:  # noise would hide the updates
+        report = replace(report, zeros=tuple(sorted(books.zeros)))
     if aborted:
         raise AbortedRoundError(report)
-    return after, report
+    return after, replace(report, figures=strategy.figures(after))
 
 
 def _played(
@@ -133,53 +142,57 @@ def _played(
     rounds: Rounds,
     drawn: tuple[int, tuple[str, ...]],
     seam: Seam,
-    books: _Books,
+    books: Books,
 ) -> Any:
     """The state after all exchanges of a round. Raises QuorumError; ``state`` is then as it was.
 
     drawn: the round's number and clients.
     """
     number, names = drawn
-    fewest = max(1, math.ceil(rounds.quorum * len(names)))
+    fewest = max(1, math.ceil(rounds.quorum * (seam.wanted or len(names))))
     asked = names
     for _ in range(strategy.exchanges):
         sent = [seam.post.announce(one) for one in addressed(strategy, state, number, asked)]
-        going = books.out(sent)
+        going = books.out(sent, {} if seam.timing is None else seam.timing.lost(state, sent))
         intake = intake_of(strategy, going, federation.clients(), rounds, seam.post.tells)
         replies = intake.stream(federation.run(number, *going) if going else iter(()))
         try:
-            state = _received(strategy, state, sent, replies, seam.post)
+            state = received(strategy, state, sent, replies, seam.post)
         finally:
             books.back(intake)
         seam.post.arrived([n for one in going for n in one.clients if n not in books.lost])
         if intake.replied < fewest:
-            raise QuorumError(_short(number, names, intake.replied, rounds, books.lost))
+            raise QuorumError(short(number, len(names), intake.replied, rounds, books.lost))
         asked = tuple(name for name in names if name not in books.lost)
     return state
 
 
 @dataclass
-class _Books:
+class Books:
     """What a round has sent and received so far.
 
-    lost: client -> why it is in it no more. zeros: clients whose update was zero. replied: valid
-    replies of the last exchange.
+    lost: client -> why it is in it no more. zeros: clients whose update was zero. late: those
+    whom the seam's timing has lost. replied: valid replies of the last exchange.
     """
 
     down: list[Entry]
     up: list[Entry]
     lost: dict[str, str]
     zeros: set[str] = field(default_factory=set)
+    late: set[str] = field(default_factory=set)
     replied: int = 0
     loss: float = math.nan
 
-    def out(self, sent: Sequence[Messages]) -> list[Messages]:
+    def out(self, sent: Sequence[Messages], missed: Mapping[str, Lost]) -> list[Messages]:
         """Counts what is sent; the messages of the clients that are still there."""
-        self.down.extend(grouped(entry for stack in sent for entry in entries(stack)))
-        present = [
-            stack.rows([k for k, name in enumerate(stack.clients) if name not in self.lost])
-            for stack in sent
-        ]
+        self.lost |= {name: one.reason for name, one in missed.items()}
+        self.late |= missed.keys()
+        away = {name for name, one in missed.items() if not one.reached}
+        reached = [_without(stack, away) for stack in sent]
+        self.down.extend(grouped(entry for stack in reached for entry in entries(stack)))
+        came = (Entry((n,), {"partial": one.came}) for n, one in missed.items() if one.came)
+        self.up.extend(grouped(came))
+        present = [_without(stack, self.lost) for stack in sent]
         return [stack for stack in present if len(stack)]
 
     def back(self, intake: Intake) -> None:
@@ -191,8 +204,34 @@ class _Books:
         if math.isnan(self.loss) and intake.weight_sum > 0:
             self.loss = intake.loss_sum / intake.weight_sum
 
+    def report(
+        self, number: int, names: tuple[str, ...], lost: set[str], seconds: float, aborted: str
+    ) -> RoundReport:
+        """What happened in round ``number`` with ``names``, of whom ``lost`` dropped out."""
+        return RoundReport(
+            round=number,
+            sampled=names,
+            dropped=tuple(sorted(lost)),
+            excluded={name: why for name, why in sorted(self.lost.items()) if name not in lost},
+            replied=self.replied,
+            loss=self.loss,
+            down=totals(self.down),
+            up=totals(self.up),
+            seconds=seconds,
+            sent=tuple(self.down),
+            came=tuple(self.up),
+            aborted=aborted,
+        )
 
-def _received(
+
+def _without(stack: Messages, names: Collection[str]) -> Messages:
+    """The messages of the clients that are not among ``names``."""
+    if not names:
+        return stack
+    return stack.rows([k for k, name in enumerate(stack.clients) if name not in names])
+
+
+def received(
     strategy: Strategy[Any],
     state: Any,
     sent: Sequence[Messages],
@@ -217,7 +256,7 @@ def _nobody(
     somebody = next(iter(federation.clients()))
     for _ in range(strategy.exchanges):
         sent = [seam.post.announce(o) for o in addressed(strategy, state, number, (somebody,))]
-        state = _received(strategy, state, sent, iter(()), seam.post)
+        state = received(strategy, state, sent, iter(()), seam.post)
     return state
 
 
@@ -250,16 +289,17 @@ def _chain(first: list[Messages], rest: Iterator[Messages]) -> Iterator[Messages
     yield from rest
 
 
-def _short(
+def short(
     number: int,
-    names: tuple[str, ...],
+    asked: int,
     replied: int,
     rounds: Rounds,
     reasons: Mapping[str, str],
 ) -> str:
+    """Why a round in which so many clients were asked is aborted."""
     some = "; ".join(f"{client}: {why}" for client, why in list(reasons.items())[:3])
     return (
-        f"round {number}: {replied} valid replies of {len(names)} clients, fewer than "
+        f"round {number}: {replied} valid replies of {asked} clients, fewer than "
         f"rounds.quorum={rounds.quorum} asks for ({some}). The last round's adapter is kept: "
         f"mend the clients or lower rounds.quorum, then resume."
     )

@@ -8,6 +8,7 @@ from fedpeft.comms.ledger import Bytes
 from fedpeft.engine import RoundReport
 from fedpeft.metrics import Score
 from fedpeft.plan import Plan
+from fedpeft.timed import FleetSummary
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Summary:
     """The end of a run: the table's rows in order, rounds done, where the adapter is.
 
     dense: bytes of as many messages with all trainable numbers as float32, names not counted.
-    privacy: the privacy statement, line by line; empty without privacy.
+    privacy: the privacy statement, line by line; empty without privacy. fleet: what the run took by
+    its fleet's clock; None without one.
     """
 
     task: str
@@ -47,6 +49,7 @@ class Summary:
     seconds: float
     dense: int
     privacy: tuple[str, ...] = ()
+    fleet: FleetSummary | None = None
 
 
 class Watcher:

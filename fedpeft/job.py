@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ from fedpeft.prepare import Prepared, prepare
 from fedpeft.privacy.guard import BudgetSpentError, Guard
 from fedpeft.record.checkpoint import Checkpoint, latest, save
 from fedpeft.record.folder import RunFolder
+from fedpeft.timed import Timed
 from fedpeft.tree import Layout, Tree
 
 Body = Callable[[Federation], Outcome]
@@ -49,8 +50,13 @@ def begin(recipe: Recipe, watcher: Watcher, host: Host, ledger: Path | None = No
     QuorumError leave a checkpoint of the last complete round.
     """
     RunFolder.check(Path(recipe.output.folder), recipe.output.overwrite)
+    if ledger is not None and recipe.fleet.preset != "none":
+        raise FedpeftError(
+            f"fleet.preset={recipe.fleet.preset} in a deployment, whose devices and delays are "
+            f"real: leave fleet: out."
+        )
     prepared = prepare(recipe)
-    purse = Purse.of(prepared)
+    purse, timed = Purse.of(prepared), Timed.of(prepared)
     output = recipe.output
     folder = RunFolder.create(Path(output.folder), output.overwrite, ledger is not None)
     folder.describe(dump_recipe(prepared.resolved()), prepared.population.fingerprint)
@@ -63,7 +69,7 @@ def begin(recipe: Recipe, watcher: Watcher, host: Host, ledger: Path | None = No
                 f"charged as a whole and cannot be begun again: set privacy.bands=0. Another "
                 f"ledger would forget what the clients have spent."
             )
-        job = Job(prepared, folder, watcher, Checkpoint(0, state, {}, extra), guard, purse)
+        job = Job(prepared, folder, watcher, Checkpoint(0, state, {}, extra), guard, purse, timed)
         job.save()
         return job.go(host)
 
@@ -103,7 +109,10 @@ def go_on(
     head = checkpoint.extra.get("privacy")
     with folder.lock(), guarded(prepared, ledger or folder.ledger, head) as guard:
         folder.metrics.truncate_after(checkpoint.round)
-        job = Job(prepared, folder, watcher, checkpoint, guard, Purse.of(prepared))
+        timed = Timed.of(prepared)
+        if timed is not None and "fleet" in checkpoint.extra:
+            timed.restore(checkpoint.extra["fleet"], checkpoint.memory)
+        job = Job(prepared, folder, watcher, checkpoint, guard, Purse.of(prepared), timed)
         again = [] if guard is None else guard.again(checkpoint.round)
         for text in [*warnings, f"resumed after round {checkpoint.round}", *again]:
             job.note(checkpoint.round, text)
@@ -144,6 +153,7 @@ class Job:
     at: Checkpoint[Any]
     guard: Guard | None
     purse: Purse | None
+    timed: Timed | None
     saved: int = field(default=-1)
 
     @logs.scope()
@@ -191,21 +201,30 @@ class Job:
         if self.purse is not None:
             books = (*self.at.extra["down"].values(), *self.at.extra["up"].values())
             self.purse.check(number, sum(books))
-        if self.guard is None:
-            names = sampling.draw(recipe.rounds.sampling, sizes, recipe.seed, number)
-        else:
-            names = self.guard.admit(number, sizes)
+        names = self._drawn(number, sizes)
         self.watcher.round_began(number, len(names), self._tokens(names))
         state, report = self._played(federation, number, names)
-        self.at = Checkpoint(number, state, federation.memory(), self._books(report))
         due = number % recipe.evaluation.every == 0 or number == recipe.rounds.count
         measured = self._test(state) if due and strategy.shares else None
+        if self.timed is not None and measured is not None:
+            self.timed.measured(measured)
+        self.at = Checkpoint(number, state, federation.memory(), self._books(report))
         self._log(report, measured)
         self.watcher.round_done(report, measured)
         if report.aborted:
             self.note(number, f"aborted: {report.aborted}")
         if number % recipe.output.checkpoint_every == 0:
             self.save()
+
+    def _drawn(self, number: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
+        """Who is asked in a round."""
+        recipe = self.prepared.recipe
+        names = None if self.guard is None else self.guard.admit(number, sizes)
+        if self.timed is not None:
+            return self.timed.begin(self.at.state, number, names)
+        if names is not None:
+            return names
+        return sampling.draw(recipe.rounds.sampling, sizes, recipe.seed, number)
 
     def _played(
         self, federation: Federation, number: int, names: tuple[str, ...]
@@ -214,6 +233,8 @@ class Job:
         recipe, prepared = self.prepared.recipe, self.prepared
         seam, before = Seam(prepared.post, names), self.at.state
         try:
+            if self.timed is not None:
+                return self.timed.play(before, federation, number, names, prepared.post)
             return play_round(
                 prepared.strategy, before, federation, recipe.rounds, recipe.seed, number, seam
             )
@@ -243,6 +264,7 @@ class Job:
             | {"aborted": before.get("aborted", 0) + 1 if report.aborted else 0}
             | {"post": self.prepared.post.memory()}
             | ({} if self.guard is None else {"privacy": self.guard.ledger.head})
+            | ({} if self.timed is None else {"fleet": self.timed.memory()})
         )
 
     def _test(self, state: Any) -> Score:
@@ -274,6 +296,8 @@ class Job:
             for way, own in (("down", report.sent), ("up", report.came))
         }
         self.folder.metrics.append("bytes", report.round, books)
+        if self.timed is not None:
+            self.folder.metrics.append("fleet", report.round, self.timed.line)
         if measured is not None:
             fields = {"scope": "test", "score": measured.as_dict()}
             self.folder.metrics.append("evaluation", report.round, fields)
@@ -323,11 +347,13 @@ class Job:
             adapter=str(self.folder.adapter) if adapter else "",
             seconds=time.perf_counter() - began,
             privacy=() if promise is None else tuple(promise.lines()),
+            fleet=None if self.timed is None else self.timed.summary(),
         )
         digest = "" if adapter is None else tree_digest(adapter)
-        self.folder.metrics.append(
-            "summary", None, {"rows": [_row(r) for r in rows], "adapter_digest": digest}
-        )
+        fields: dict[str, object] = {"rows": [_row(r) for r in rows], "adapter_digest": digest}
+        if summary.fleet is not None:
+            fields["fleet"] = dataclasses.asdict(summary.fleet)
+        self.folder.metrics.append("summary", None, fields)
         self.watcher.finished(summary)
         return summary
 

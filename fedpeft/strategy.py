@@ -92,6 +92,18 @@ class Problem:
     lr: float = 0.0
 
 
+@dataclass(frozen=True)
+class Effort:
+    """What a client's training costs, beside that of the whole model with the whole adapter.
+
+    pruned: share of the frozen base's weights that it does not run, at least 0 and below 1.
+    adapter: share of the adapter's weights that it trains, above 0 and at most 1.
+    """
+
+    pruned: float = 0.0
+    adapter: float = 1.0
+
+
 def group_by(clients: Sequence[str], key: Callable[[str], int]) -> list[tuple[str, ...]]:
     """The clients in groups of equal key, smallest key first; in their order within each."""
     found: dict[int, list[str]] = {}
@@ -198,6 +210,22 @@ class Strategy(ABC, Generic[S]):
         """What the last round's aggregate says of itself, for the run's record; {} for nothing."""
         return {}
 
+    def efforts(self, state: S, clients: Sequence[str]) -> Mapping[str, Effort]:
+        """What the next training will cost these clients; who is not named trains everything.
+
+        For the fleet's clock (``fedpeft.fleet``); bytes it takes from the messages themselves.
+        """
+        return {}
+
+    def told(self, state: S, times: Mapping[str, float]) -> S:
+        """The state after a round, when the server has seen how long its clients took.
+
+        times: client -> seconds from when it was sent its first message to when its last reply was
+        there, by the fleet's clock; of the clients whose replies ``receive`` was given. Called once
+        a round, after the last ``receive``, where the run has a fleet.
+        """
+        return state
+
     def base(self, state: S) -> Tree:
         """How far the frozen weights are from the pretrained: LoRA layer -> ``[d_out, d_in]``."""
         return {}
@@ -299,6 +327,7 @@ def build(name: str, settings: Mapping[str, object]) -> Strategy[Any]:
 __all__ = [
     "Adjust",
     "Cohort",
+    "Effort",
     "Expand",
     "Fit",
     "Message",

@@ -166,6 +166,14 @@ NEEDED = {
     "robust.space=product": ["robust.rule=krum"],
     "attack.kind=backdoor": ["attack.trigger=[5]"],
     **{
+        f"{key}={option}": ["fleet.preset=jetson80"]
+        for key, hint in sections().items()
+        if key.startswith("fleet.") and str(hint).startswith("typing.Literal")
+        for option in hint.__args__
+        if key != "fleet.preset"
+    },
+    "fleet.policy=deadline": ["fleet.preset=jetson80", "fleet.deadline=9"],
+    **{
         f"comms.{way}.{setting}": [f"comms.{way}.codec={codec}"]
         for way in ("up", "down")
         for codec, settings in {
@@ -204,7 +212,7 @@ def test_every_option_is_taken_and_a_mistyped_one_refused(key: str) -> None:
 
 
 def test_the_options_are_found() -> None:
-    assert len(OPTIONS) == 31 and OPTIONS["engine.kind"] == ("cohort", "sequential", "flower")
+    assert len(OPTIONS) == 38 and OPTIONS["engine.kind"] == ("cohort", "sequential", "flower")
 
 
 # Values
@@ -296,7 +304,7 @@ def test_values_of_files_and_overrides_are_checked() -> None:
 
 def test_every_number_of_the_schema_has_a_range() -> None:
     numbers = {key for key, hint in sections().items() if hint in (int, float)}
-    apart = {"robust", "attack", "comms"}  # have checks of their own, and tests of these
+    apart = {"robust", "attack", "comms", "fleet"}  # have checks of their own, and tests of these
     numbers = {key for key in numbers if key.split(".")[0] not in apart}
     assert len(numbers) > 25
     assert numbers == {k for k, rule in BOUND if rule != "not empty"} | {

@@ -15,6 +15,7 @@ from fedpeft.cli import units
 if TYPE_CHECKING:
     from fedpeft.events import Outcome, Summary
     from fedpeft.plan import Plan
+    from fedpeft.timed import FleetSummary
 
 _LABELS = {"local": "local-only"}
 
@@ -54,6 +55,26 @@ def _figures(row: Outcome, classes: bool) -> tuple[str, str, str, str]:
         units.figure(row.mean),
         units.figure(row.worst),
     )
+
+
+def fleet(found: FleetSummary) -> list[str]:
+    """What a run took by its fleet's clock, line by line."""
+    lost = ", ".join(f"{count:,} {kind}" for kind, count in found.lost.items())
+    flying = f"; {found.in_flight:,} still at work, discarded" if found.in_flight else ""
+    lines = [
+        f"fleet: {units.clock(found.seconds)} of virtual time, idle {units.percent(found.idle)}, "
+        f"wasted {units.percent(found.wasted)} of the computation",
+        f"participation: Jain {units.figure(found.jain)}, Gini {units.figure(found.gini)}"
+        + (f"; lost: {lost}" if lost else "")
+        + flying,
+    ]
+    if found.target:
+        reached = not math.isnan(found.time_to_target)
+        when = f"after {units.clock(found.time_to_target)}" if reached else "never"
+        lines.append(f"accuracy {units.percent(found.target)}: {when}")
+    if found.adapted:
+        lines.append(f"{found.adapted:,} clients trained in another way to fit into memory")
+    return lines
 
 
 def plan(found: Plan) -> RenderableType:
@@ -121,6 +142,10 @@ def _traffic(found: Plan) -> Group:
     total = sum(sends.down.values()) + sum(sends.up.values())
     sure = "exactly" if sends.exact else "about"
     lines = [pair("both ways", f"{sure} {total:,} bytes")]
+    if sends.times:
+        mean = sum(sends.times) / len(sends.times)
+        both = f"{units.clock(mean)}, the whole run {units.clock(sum(sends.times))}"
+        lines.append(pair("a round by the fleet", both))
     if total:
         lines.append(pair("that is", units.shares(sends.dense, total)))
     return Group(table, "", *lines)

@@ -133,6 +133,8 @@ class Lines(Watcher):
         )
         if sent:
             self._say(f"sent, both ways: {units.size(sent)}, {units.shares(summary.dense, sent)}")
+        for line in [] if summary.fleet is None else tables.fleet(summary.fleet):
+            self._say(line)
         for line in summary.privacy:
             self._say(line, "bold red" if line.startswith("VOID") else "", indent=2)
         if summary.adapter:

@@ -25,7 +25,8 @@ Bytes = dict[str, int]
 """Bytes by kind: ``adapter``, ``head``, ``base``, ``scalar``, ``blob``.
 
 Where a codec was at work also ``index`` and ``mask`` (which numbers were kept), ``scale``,
-``seed``, ``schema`` (names and shapes, once per client) and ``header``.
+``seed``, ``schema`` (names and shapes, once per client) and ``header``. ``partial`` is what came of
+replies that broke off, under a fleet's clock.
 """
 
 

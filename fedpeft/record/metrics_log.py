@@ -9,11 +9,17 @@ before the first, null for what belongs to the whole run and is written at its e
   has some, ``figures`` of its own: name -> number or list of numbers.
 - ``bytes``: ``down``, ``up``: the same by client, a list of ``{clients, each}``: what each of these
   clients was sent, or sent, in one exchange, by kind.
+- ``fleet``: of the round by the fleet's clock: ``time``, seconds since the run began; ``seconds``
+  of the round; ``idle``, the share of it that clients waited; ``wasted``, the share of computation
+  that counted for nothing; ``dropped``, client -> how its job ended; ``times``, client -> seconds,
+  of the replies that counted; ``digest`` of all events so far; asynchronously also ``staleness`` of
+  each reply and ``in_flight``, clients still at work.
 - ``evaluation``: ``scope``, ``test`` (the global test set) or ``clients`` (every client's
   hold-out); ``score``, for ``test`` ``{items, loss, accuracy, macro_f1, perplexity}``, for
   ``clients`` these by client name.
 - ``baseline``: ``name`` (``untrained``, ``local``, ``centralised``); ``score`` as above.
-- ``summary``: ``rows``, those of the last table, each with its ``name``.
+- ``summary``: ``rows``, those of the last table, each with its ``name``; ``fleet``, where there is
+  one, the fields of ``fedpeft.timed.FleetSummary``.
 - ``note``: ``text``: a resume, a checkpoint skipped, a warning.
 
 ``baseline`` and ``summary`` are always of the whole run. The fields named here are required; a line
@@ -34,13 +40,14 @@ from fedpeft.record.files import failed_write, replace
 
 SCHEMA = 1
 
-Kind = Literal["round", "bytes", "evaluation", "baseline", "summary", "note"]
+Kind = Literal["round", "bytes", "fleet", "evaluation", "baseline", "summary", "note"]
 
 _REQUIRED: Mapping[str, frozenset[str]] = {
     "round": frozenset(
         {"clients", "replies", "failures", "loss", "bytes_down", "bytes_up", "seconds"}
     ),
     "bytes": frozenset({"down", "up"}),
+    "fleet": frozenset({"time", "seconds", "idle", "wasted", "dropped", "times"}),
     "evaluation": frozenset({"scope", "score"}),
     "baseline": frozenset({"name", "score"}),
     "summary": frozenset({"rows"}),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from rich.console import Console, RenderableType
 from fedpeft.cli import tables
 from fedpeft.data.clients import Task
 from fedpeft.events import Outcome
+from fedpeft.timed import FleetSummary
 from tests.cli import fakes
 
 NONE = "\N{EN DASH}"
@@ -155,3 +157,42 @@ def test_plan_warns_of_too_little_memory() -> None:
     console = Console(file=out, force_terminal=True, color_system="standard", width=80)
     console.print(tables.plan(fakes.plan(per_client=2**29)))
     assert "\x1b[33mat most 1.5 GiB needed, 1.0 GiB free" in out.getvalue()
+
+
+def test_what_a_fleet_took() -> None:
+    found = FleetSummary(
+        seconds=3725.0,
+        idle=0.25,
+        wasted=0.125,
+        lost={"late": 3, "upload": 1},
+        in_flight=2,
+        jain=0.9,
+        gini=0.1,
+        joules=math.nan,
+        adapted=4,
+        target=0.8,
+        time_to_target=61.0,
+        events=9,
+        digest="0",
+    )
+    assert tables.fleet(found) == [
+        "fleet: 1 h 02 min of virtual time, idle 25.0 %, wasted 12.5 % of the computation",
+        "participation: Jain 0.900, Gini 0.100; lost: 3 late, 1 upload; 2 still at work, discarded",
+        "accuracy 80.0 %: after 1 min",
+        "4 clients trained in another way to fit into memory",
+    ]
+    never = dataclasses.replace(found, lost={}, in_flight=0, adapted=0, time_to_target=math.nan)
+    assert tables.fleet(never)[1:] == [
+        "participation: Jain 0.900, Gini 0.100",
+        "accuracy 80.0 %: never",
+    ]
+
+
+def test_the_plan_says_what_a_round_takes_by_the_fleet_s_clock() -> None:
+    plan = fakes.plan()
+    assert plan.sends is not None
+    timed = dataclasses.replace(plan.sends, times=(30.0, 60.0))
+    lines = shown(tables.plan(dataclasses.replace(plan, sends=timed)))
+    [line] = [line for line in lines if line.startswith("a round by the fleet")]
+    assert line.split("fleet")[1].strip() == "45.0 s, the whole run 2 min"
+    assert not any("by the fleet" in line for line in shown(tables.plan(plan)))

@@ -75,7 +75,7 @@ WRONG = [
         "rounds",
         1,
         ROUND,
-        "kind 'rounds' is not one of round, bytes, evaluation, baseline, summary, note",
+        "kind 'rounds' is not one of round, bytes, fleet, evaluation, baseline, summary, note",
     ),
     ("round", 1, {**ROUND, "schema": 2}, "['schema'] are not fields"),
     ("note", 1, {"text": "x", "round": 3}, "['round'] are not fields"),
