@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -63,11 +62,8 @@ class Watched:
             for process in processes:
                 with contextlib.suppress(psutil.Error):
                     self.memory[role, process.pid].append((now, process.memory_info().rss))
-        for path in [
-            *self.folder.glob("sites/*/privacy.jsonl"),
-            self.folder / "server/privacy.jsonl",
-        ]:
-            size = path.stat().st_size
+        for path in self._ledgers():
+            size = path.stat().st_size if path.exists() else 0
             if size < self.lengths.get(path, 0):
                 self.shorter.append(f"{path.relative_to(self.folder)} at {now:.0f} s")
             self.lengths[path] = size
@@ -75,6 +71,11 @@ class Watched:
         if not self.rounds or self.rounds[-1][1] != last:
             self.rounds.append((now, last))
         return found
+
+    def _ledgers(self) -> list[Path]:
+        """The server's and every site's."""
+        places = [self.folder / "server", *(self.folder / "sites").iterdir()]
+        return [place / "privacy.jsonl" for place in places]
 
     def slopes(self) -> dict[str, float]:
         """MB a minute by role: least squares, each life with a level of its own."""
@@ -141,7 +142,7 @@ def soak(folder: Path, minutes: float, every: float, seed: int) -> Watched:
         if up.poll() is not None:
             raise SystemExit(f"it ended by itself with {up.returncode}: see {folder / 'soak.log'}")
     finally:
-        up.send_signal(signal.SIGINT)
+        up.terminate()
         up.wait()
     return seen
 
