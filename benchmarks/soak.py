@@ -57,7 +57,7 @@ class Watched:
 
     def look(self, now: float) -> dict[str, list[psutil.Process]]:
         """Samples memory, ledgers and rounds; the processes that live, by role."""
-        found = living()
+        found = living(self.folder)
         for role, processes in found.items():
             for process in processes:
                 with contextlib.suppress(psutil.Error):
@@ -93,12 +93,12 @@ class Watched:
         return found
 
 
-def living() -> dict[str, list[psutil.Process]]:
-    """The processes of trials on this machine, by role."""
+def living(folder: Path) -> dict[str, list[psutil.Process]]:
+    """The processes of this folder's trial, by role."""
     found: dict[str, list[psutil.Process]] = defaultdict(list)
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if MARK not in process.environ():
+            if MARK not in process.environ() or folder not in Path(process.cwd()).parents:
                 continue
             line = " ".join(process.cmdline())
             for part, role in ROLES.items():
@@ -174,7 +174,7 @@ def main() -> None:
         "exclusions": dict(reasons),
         "longest without a round, s": round(max(np.diff([*times, asked.minutes * 60])), 1),
         "ledgers that grew shorter": seen.shorter,
-        "left over": {role: len(own) for role, own in living().items()},
+        "left over": {role: len(own) for role, own in living(seen.folder).items()},
         "MB a minute": {role: round(slope, 3) for role, slope in seen.slopes().items()},
         "environment": environment.describe(),
     }
