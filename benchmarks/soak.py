@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -58,16 +57,13 @@ class Watched:
 
     def look(self, now: float) -> dict[str, list[psutil.Process]]:
         """Samples memory, ledgers and rounds; the processes that live, by role."""
-        found = living()
+        found = living(self.folder)
         for role, processes in found.items():
             for process in processes:
                 with contextlib.suppress(psutil.Error):
                     self.memory[role, process.pid].append((now, process.memory_info().rss))
-        for path in [
-            *self.folder.glob("sites/*/privacy.jsonl"),
-            self.folder / "server/privacy.jsonl",
-        ]:
-            size = path.stat().st_size
+        for path in self._ledgers():
+            size = path.stat().st_size if path.exists() else 0
             if size < self.lengths.get(path, 0):
                 self.shorter.append(f"{path.relative_to(self.folder)} at {now:.0f} s")
             self.lengths[path] = size
@@ -75,6 +71,11 @@ class Watched:
         if not self.rounds or self.rounds[-1][1] != last:
             self.rounds.append((now, last))
         return found
+
+    def _ledgers(self) -> list[Path]:
+        """The server's and every site's."""
+        places = [self.folder / "server", *(self.folder / "sites").iterdir()]
+        return [place / "privacy.jsonl" for place in places]
 
     def slopes(self) -> dict[str, float]:
         """MB a minute by role: least squares, each life with a level of its own."""
@@ -92,12 +93,12 @@ class Watched:
         return found
 
 
-def living() -> dict[str, list[psutil.Process]]:
-    """The processes of trials on this machine, by role."""
+def living(folder: Path) -> dict[str, list[psutil.Process]]:
+    """The processes of this folder's trial, by role."""
     found: dict[str, list[psutil.Process]] = defaultdict(list)
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if MARK not in process.environ():
+            if MARK not in process.environ() or folder not in Path(process.cwd()).parents:
                 continue
             line = " ".join(process.cmdline())
             for part, role in ROLES.items():
@@ -141,7 +142,7 @@ def soak(folder: Path, minutes: float, every: float, seed: int) -> Watched:
         if up.poll() is not None:
             raise SystemExit(f"it ended by itself with {up.returncode}: see {folder / 'soak.log'}")
     finally:
-        up.send_signal(signal.SIGINT)
+        up.terminate()
         up.wait()
     return seen
 
@@ -173,7 +174,7 @@ def main() -> None:
         "exclusions": dict(reasons),
         "longest without a round, s": round(max(np.diff([*times, asked.minutes * 60])), 1),
         "ledgers that grew shorter": seen.shorter,
-        "left over": {role: len(own) for role, own in living().items()},
+        "left over": {role: len(own) for role, own in living(seen.folder).items()},
         "MB a minute": {role: round(slope, 3) for role, slope in seen.slopes().items()},
         "environment": environment.describe(),
     }
