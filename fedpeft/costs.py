@@ -94,7 +94,14 @@ def fitted(prepared: Prepared, fleet: Simulator) -> tuple[Fit, int]:
     config: Any = model.config
     frozen = sum(quantize.count(p) for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    shape = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads)
+    try:
+        shape = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads)
+    except AttributeError as error:
+        raise FedpeftError(
+            f"fleet.preset={recipe.fleet.preset}: the memory of training model.name="
+            f"{recipe.model.name!r} cannot be counted, its configuration does not say how large it "
+            f"is ({error}). Use another model, or leave fleet: out."
+        ) from None
     footprint = Footprint(frozen, trained, *map(int, shape))
     everybody = np.arange(fleet.count)
     longest = np.full(fleet.count, float(prepared.population.examples.longest))

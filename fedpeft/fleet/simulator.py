@@ -241,4 +241,4 @@ def _availability(
         if settings.trace
         else lookalike.availabilities(seed, SOME)
     )
-    return Traced(traces.availabilities(found, "fleet.trace"), len(examples))
+    return Traced(traces.availabilities(found, "fleet.trace")[: len(examples)], len(examples))

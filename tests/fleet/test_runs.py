@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedpeft.config import Engine, Output, Privacy, Recipe, Rounds, Sampling
+from fedpeft.codecs.settings import Codec
+from fedpeft.config import Comms, Engine, Output, Privacy, Recipe, Rounds, Sampling
+from fedpeft.engine import Lost, Seam, play_round
 from fedpeft.errors import FedpeftError, QuorumError
 from fedpeft.events import Summary, Watcher
 from fedpeft.fleet.settings import Fleet
 from fedpeft.forecast import forecast
-from fedpeft.job import begin
+from fedpeft.job import begin, tree_digest
+from fedpeft.message import Messages
 from fedpeft.prepare import prepare
 from fedpeft.record.checkpoint import latest
 from fedpeft.run import resume, run
+from fedpeft.strategy import build
 from tests.fleet import frugal
-from tests.tiny import tiny_recipe, write_tiny
+from tests.tiny import Tiny, tiny_recipe, write_tiny
 
 CLIENTS = 8
 
@@ -117,6 +122,34 @@ def test_bytes_are_the_messages_and_those_of_dropouts_count_in_part(
     assert summary.dropped == sum(map(len, kinds)) and summary.excluded == 0
 
 
+class Loses:
+    """A clock under which the replies of c1 and c3 break off."""
+
+    def lost(self, state: Any, sent: Sequence[Messages]) -> dict[str, Lost]:
+        return {name: Lost("dropped out", came=7) for name in ("c1", "c3")}
+
+
+def test_a_reply_that_broke_off_is_not_in_the_aggregate() -> None:
+    states = []
+    for seam in (Seam(timing=Loses()), Seam(names=("c0", "c2"))):
+        tiny = Tiny()
+        strategy = build("fedavg", {})
+        found = play_round(
+            strategy,
+            strategy.init(tiny.problem),
+            tiny.federation(strategy),
+            tiny.rounds,
+            tiny.seed,
+            1,
+            seam,
+        )
+        states.append(found)
+    (first, report), (second, _) = states
+    assert tree_digest(first.adapter) == tree_digest(second.adapter)
+    assert report.dropped == ("c1", "c3") and report.up["partial"] == 14
+    assert report.excluded == {} and report.replied == 2
+
+
 def test_dropped_uploads_are_never_aggregated(files: Path, tmp_path: Path) -> None:
     fleet = Fleet("jetson80", policy="over_select", overcommit=2.0)
     summary, rounds, trained = played(recipe(files, tmp_path / "over", fleet, 0.5))
@@ -170,10 +203,15 @@ def test_a_resumed_run_ends_with_the_same_bits_and_the_same_log(
     assert lines(tmp_path / "whole", "fleet") == lines(tmp_path / "half", "fleet")
 
 
+@pytest.mark.parametrize("codec", [Codec(), Codec(codec="dense", values="fp16")])
 @pytest.mark.parametrize("policy", ["sync", "over_select", "fedbuff"])
-def test_the_forecast_is_what_the_run_takes(files: Path, tmp_path: Path, policy: Any) -> None:
+def test_the_clock_counts_the_bytes_that_are_sent_and_the_forecast_is_the_run(
+    files: Path, tmp_path: Path, policy: Any, codec: Codec
+) -> None:
+    """By the time of the transfers, and by the books: bytes as the codec writes them."""
     fleet = Fleet("jetson80", policy=policy, buffer=2, dropout=0.1)
     own = recipe(files, tmp_path / "run", fleet, 0.5)
+    own = dataclasses.replace(own, comms=Comms(up=codec))
     found = forecast(prepare(own))
     _, rounds, trained = played(own)
     assert list(found.times) == [line["seconds"] for line in rounds]
