@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,8 +236,10 @@ class CohortFederation:
     ) -> dict[str, Score]:
         base = self._strategy.followed(messages, cohort)
         adapters = self._strategy.personal(messages, cohort)
-        with folded(self._network, base):
-            scores = score_clients(self._network, self._gradients.lane, adapters, index, examples)
+        alive, lane = self._strategy.pruned(messages, cohort), self._gradients.lane
+        smaller = cohort.pruned(alive) if alive else nullcontext()
+        with folded(self._network, base), smaller:
+            scores = score_clients(self._network, lane, adapters, index, examples)
         return dict(zip(cohort.clients, scores, strict=True))
 
     def _weights(self, data: list[ClientData]) -> Tensor:
