@@ -50,6 +50,7 @@ from fedpeft.training import Adjust, Cohort, Expand, Fit, Route, Walk
 from fedpeft.tree import Tree
 
 S = TypeVar("S")
+Key = TypeVar("Key", int, tuple[float, ...])
 
 
 def _no_weight(layer: str) -> Tensor:
@@ -102,9 +103,9 @@ class Problem:
     structure: Callable[[], Structure] = _no_structure
 
 
-def group_by(clients: Sequence[str], key: Callable[[str], int]) -> list[tuple[str, ...]]:
+def group_by(clients: Sequence[str], key: Callable[[str], Key]) -> list[tuple[str, ...]]:
     """The clients in groups of equal key, smallest key first; in their order within each."""
-    found: dict[int, list[str]] = {}
+    found: dict[Key, list[str]] = {}
     for client in clients:
         found.setdefault(key(client), []).append(client)
     return [tuple(found[k]) for k in sorted(found)]

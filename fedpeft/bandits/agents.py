@@ -7,8 +7,8 @@ client and round, so that neither order nor engine nor resume changes them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -131,3 +131,45 @@ class Policy:
         after = left * (1 - self.step * table[:, 0])
         ranks = torch.tensor([self._rank_share(v) for v in table[:, 2].tolist()]).double()
         return torch.stack([after, after * ranks], dim=1)
+
+
+@dataclass(frozen=True)
+class Bandits:
+    """The agents of a run, as a strategy's state holds them.
+
+    before, seen: the last round's agents as they were before it, and what was seen in it, so that
+    times may still take the place of the cost model's. round: how many there were.
+    """
+
+    seed: int
+    agents: Agents = field(default_factory=Agents)
+    before: Agents = field(default_factory=Agents)
+    seen: Seen = field(default_factory=lambda: _nobody())
+    round: int = 0
+
+    def orders(self, policy: Policy, clients: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What clients are to do next: the share of what is left to prune, and a rank; ``[K]``."""
+        arms = [policy.order(self.agents, client) for client in clients]
+        steps = torch.tensor([policy.step * arm.u for arm in arms], dtype=torch.float64)
+        return steps, torch.tensor([pick(policy.ranks, arm.v) for arm in arms])
+
+    def closed(self, policy: Policy, seen: Seen) -> Bandits:
+        """After a round, with the cost model's times."""
+        own = set(seen.clients)
+        tables = {c: t for c, t in self.agents.tables.items() if c in own}
+        orders = {c: t for c, t in self.agents.orders.items() if c in own}
+        before = Agents(tables, orders)
+        return Bandits(self.seed, self.agents, before, seen, self.round + 1).timed(policy, {})
+
+    def timed(self, policy: Policy, times: Mapping[str, float]) -> Bandits:
+        """After a round, with these times (client -> seconds) where they are known."""
+        if not self.seen.clients:
+            return self
+        new = policy.credit(self.before, self.seen, times, (self.seed, self.round))
+        tables, orders = self.agents.tables | new.tables, self.agents.orders | new.orders
+        return replace(self, agents=Agents(tables, orders))
+
+
+def _nobody() -> Seen:
+    none = torch.zeros(0, dtype=torch.float64)
+    return Seen((), none, none, none, none, none)

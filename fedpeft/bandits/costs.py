@@ -6,7 +6,11 @@ by client under the run's seed, and stay what they are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from fedpeft.streams import numpy_stream
 
@@ -30,3 +34,10 @@ def device(client: str, seed: int) -> Device:
     """The device of a client."""
     speed, bandwidth = numpy_stream(seed, "device", client).lognormal(0.0, SPREAD, 2).tolist()
     return Device(SPEED * speed, BANDWIDTH * bandwidth)
+
+
+def seconds(clients: Sequence[str], seed: int, flops: Tensor, sizes: Tensor) -> Tensor:
+    """The times of clients, float64 ``[K]``, for so much work and so many bytes each."""
+    costs = zip(clients, flops.tolist(), sizes.tolist(), strict=True)
+    own = [device(client, seed).seconds(work, size) for client, work, size in costs]
+    return torch.tensor(own, dtype=torch.float64)

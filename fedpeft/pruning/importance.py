@@ -98,7 +98,7 @@ class Recorder:
 
     def adjust(self, gradient: Tree, adapter: Tree, own: Mapping[str, Tree]) -> Tree:
         """Looks at a step's gradient, and gives it back as it is."""
-        rows = own["client"]["number"].flatten()
+        rows = own["client"]["number"].flatten().cpu()
         found = scores(self._structure, adapter, gradient)
         fine = torch.stack([v.isfinite().all(1) for v in found.values()]).all(0)[:, None]
         for name, value in found.items():
