@@ -48,7 +48,7 @@ class FedSpine(Strategy[State]):
     """A, B <- means over the clients that have each entry; heads <- their weighted mean.
 
     target: P*. step: the largest p_k. ranks: r_k is one of them; empty: 2, 4, 8, ... adapter.r.
-    weights: ``norm_samples``, ``samples``, ``norm``. reward: ``spine``, ``fedmp``. probe: of losses.
+    weights: ``norm_samples``, ``samples``, ``norm``. reward: ``spine``, ``fedmp``. probe: of loss.
     """
 
     target: float = 0.5

@@ -1,4 +1,4 @@
-"""How much a group matters, from LoRA's gradients alone (LoRAPrune, arXiv 2305.18403, section 3.2).
+"""How much a group matters, from LoRA's gradients alone (LoRAPrune, arXiv 2305.18403).
 
 Of a layer with factors A, B and their gradients the gradient of the merged weight is estimated as
 ``G = dB A + B dA - dB dA``, and an entry matters by ``|G * (W + s B A)|``: the code of LoRAPrune,
@@ -106,3 +106,37 @@ class Recorder:
             after = KEPT * before + (1 - KEPT) * value.to(before)
             self.average[name][rows] = torch.where(fine.to(before.device), after, before)
         return gradient
+
+
+class RankMeter:
+    """How much each rank of LoRA matters, beside what a ``Recorder`` keeps; it is used like one.
+
+    The mean over steps of ``|mean_k A_jk dA_jk| + |mean_o B_oj dB_oj|`` (Light-PEFT, arXiv
+    2406.03792). ``average`` has layer -> ``[K, r]`` beside the recorder's. What is not finite
+    counts as 0.
+    """
+
+    def __init__(self, recorder: Recorder, layers: Mapping[str, int]) -> None:
+        self.own = recorder.own
+        self._recorder = recorder
+        clients = len(recorder.own["client"]["number"])
+        self._sums = {layer: torch.zeros(clients, r) for layer, r in layers.items()}
+        self._steps = torch.zeros(clients)
+
+    def adjust(self, gradient: Tree, adapter: Tree, own: Mapping[str, Tree]) -> Tree:
+        """Looks at a step's gradient, and gives it back as it is."""
+        rows = own["client"]["number"].flatten().cpu()
+        self._steps[rows] += 1
+        for layer, total in self._sums.items():
+            a, b = (f"{layer}.lora_{x}.default.weight" for x in "AB")
+            found = (adapter[a] * gradient[a]).mean(2).abs()
+            found = found + (adapter[b] * gradient[b]).mean(1).abs()
+            total[rows] += torch.nan_to_num(found, 0.0, 0.0, 0.0).to(total)
+        return self._recorder.adjust(gradient, adapter, own)
+
+    @property
+    def average(self) -> Tree:
+        """Part -> ``[K, G]``, and layer -> ``[K, r]``."""
+        steps = self._steps.clamp(min=1)[:, None]
+        ranks = {layer: total / steps for layer, total in self._sums.items()}
+        return self._recorder.average | ranks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -52,3 +52,30 @@ def prune(parts: Sequence[Part], alive: Tree, score: Tree, share: Tensor) -> Tre
         gone = number(part, share.to(there.device))
         found[part.name] = there & (rank >= gone[:, None])
     return found
+
+
+def at_once(parts: Sequence[Part], scores: Tree, shares: Mapping[str, float]) -> Tree:
+    """What is left of a whole model, part -> bool ``[G]``, when ``shares`` (by kind) go at once.
+
+    scores: part -> ``[G]``.
+    """
+    found: Tree = {}
+    for part in parts:
+        whole = {part.name: torch.ones(1, part.groups, dtype=torch.bool)}
+        share = torch.tensor([shares[part.kind]], dtype=torch.float64)
+        found |= prune([part], whole, {part.name: scores[part.name][None]}, share)
+    return {name: own[0] for name, own in found.items()}
+
+
+def lowest(values: Tree, share: float) -> Tree:
+    """Which entries stay when the lowest ``share`` of all together go: exactly the floor of it.
+
+    Of equal ones the first go, in the order of names. Bool, in the shapes of ``values``.
+    """
+    names = sorted(values)
+    flat = torch.cat([values[name].flatten().double() for name in names])
+    gone = int(share * len(flat) + 1e-9)
+    stay = torch.ones(len(flat), dtype=torch.bool)
+    stay[flat.argsort(stable=True)[:gone]] = False
+    parts = stay.split([values[name].numel() for name in names])
+    return {n: own.view(values[n].shape) for n, own in zip(names, parts, strict=True)}

@@ -8,11 +8,13 @@ are not LoRA's, stay as they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedpeft.pruning.structure import Member, Part, kept, sides
+from fedpeft.lowrank import ranks_of
+from fedpeft.pruning.structure import Member, Part, kept, pack, sides, unpack
 from fedpeft.tree import Tree
 
 Plain = tuple[str, str, int, tuple[tuple[str, str, int, int], ...], int]
@@ -82,3 +84,76 @@ def _index(
     if dim == 1:
         return where[:, :, None].expand(-1, -1, other)
     return where[:, None, :].expand(-1, other, -1)
+
+
+@dataclass(frozen=True)
+class Common:
+    """One structure for all clients: which groups there are, and which ranks of which layer.
+
+    alive: part -> bool ``[G]``. ranks: layer -> bool ``[r]``; a layer without any has no adapter.
+    """
+
+    alive: Tree
+    ranks: Tree
+
+    def bits(self, parts: Sequence[Part]) -> Tree:
+        """As it travels: uint8 by name."""
+        one = {name: own[None] for name, own in self.alive.items()}
+        flags = torch.cat([self.ranks[layer] for layer in sorted(self.ranks)])
+        return {"groups": pack(parts, one)[0], "ranks": flags.to(torch.uint8)}
+
+    @staticmethod
+    def of(parts: Sequence[Part], bits: Tree, like: Tree) -> Common:
+        """What ``bits`` was made of, for an adapter like ``like``."""
+        sizes = ranks_of(like, "light_peft")
+        alive = {name: own[0] for name, own in unpack(parts, bits["groups"][None]).items()}
+        names = sorted(sizes)
+        flags = bits["ranks"].bool().split([sizes[name] for name in names])
+        return Common(alive, dict(zip(names, flags, strict=True)))
+
+    def places(self, parts: Sequence[Part], like: Tree) -> dict[str, tuple[Tensor, Tensor]]:
+        """The rows and columns that are there, of every factor of a layer with an adapter."""
+        one, found = {name: own[None] for name, own in self.alive.items()}, {}
+        known = {name: (dim, members) for name, dim, members in factors(parts, like)}
+        for layer, ranks in self.ranks.items():
+            for x in "AB" if bool(ranks.any()) else "":
+                name = f"{layer}.lora_{x}.default.weight"
+                size = like[name].shape[1 if x == "A" else 0]
+                across = torch.ones(size, dtype=torch.bool)
+                if name in known:
+                    across = kept(known[name][1], one, size)[0]
+                both = (ranks, across) if x == "A" else (across, ranks)
+                found[name] = (torch.nonzero(both[0])[:, 0], torch.nonzero(both[1])[:, 0])
+        return found
+
+    def take(self, parts: Sequence[Part], tree: Tree, like: Tree) -> Tree:
+        """What is there of a tree ``[..., rows, columns]`` of whole tensors, heads included."""
+        places = self.places(parts, like)
+        gone = {f"{layer}.lora_{x}.default.weight" for layer in self.ranks for x in "AB"}
+        found = {}
+        for name, value in tree.items():
+            if name in places:
+                rows, columns = (at.to(value.device) for at in places[name])
+                found[name] = value.index_select(-2, rows).index_select(-1, columns)
+            elif name not in gone:
+                found[name] = value
+        return found
+
+    def alone(self, parts: Sequence[Part], tree: Tree) -> Tree:
+        """An unstacked tree of whole tensors with zeros in place of all that is gone."""
+        return {n: torch.zeros_like(v) for n, v in tree.items()} | self.put(
+            parts, self.take(parts, tree, tree), tree
+        )
+
+    def put(self, parts: Sequence[Part], tree: Tree, like: Tree) -> Tree:
+        """The inverse, with zeros around it; factors of layers without an adapter stay away."""
+        places, found = self.places(parts, like), {}
+        for name, value in tree.items():
+            found[name] = value
+            if name in places:
+                rows, columns = (at.to(value.device) for at in places[name])
+                wide = value.new_zeros(*value.shape[:-1], like[name].shape[-1])
+                wide = wide.index_copy(-1, columns, value)
+                whole = value.new_zeros(*wide.shape[:-2], *like[name].shape)
+                found[name] = whole.index_copy(-2, rows, wide)
+        return found
