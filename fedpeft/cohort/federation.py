@@ -149,6 +149,16 @@ class CohortFederation:
             self._population.release()
         return found
 
+    def models(self, round: int, messages: Messages) -> tuple[Tree, Tree]:
+        """The clients' own adapters, stacked, and what their models still have; empty: all."""
+
+        def work(messages: Messages, cohort: TorchCohort) -> tuple[Tree, Tree]:
+            own = self._strategy.personal(messages, cohort)
+            return own, self._strategy.pruned(messages, cohort)
+
+        found: tuple[Tree, Tree] = self._on_cohort(round, messages, work)
+        return found
+
     def memory(self) -> Memory:
         """What all clients keep, as of now: private memory, and what they were given once."""
         given = self._shelf.memory()
