@@ -113,6 +113,7 @@ class Trainer:
             rows.seat(turn, own or {})
             if following is not None and local.clip_per == "client":
                 gradients.loader.ahead(following.index)
+            gradients.lane.select(turn.clients.tolist())
             gradient, losses = step(rows.matrix, layout, turn, rows.scale)
             if local.clip_norm > 0 and local.clip_per == "client":
                 gradient = clip_rows(gradient, local.clip_norm)

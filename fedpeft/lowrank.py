@@ -49,6 +49,12 @@ def lora_pairs(initial: Tree, strategy: str) -> dict[str, tuple[str, str]]:
     return pairs
 
 
+def ranks_of(adapter: Tree, strategy: str) -> dict[str, int]:
+    """Layer -> its rank r. Raises FedpeftError as ``lora_pairs``."""
+    pairs = lora_pairs(adapter, strategy)
+    return {layer: len(adapter[name_a]) for layer, (name_a, _) in pairs.items()}
+
+
 def fresh_pairs(initial: Tree, strategy: str) -> dict[str, tuple[str, str]]:
     """``lora_pairs`` for strategies that draw factors of their own: B must start from zero."""
     pairs = lora_pairs(initial, strategy)

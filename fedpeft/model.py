@@ -262,7 +262,8 @@ def base_digest(model: nn.Module) -> str:
             continue
         digest.update(f"{name}{tuple(value.shape)}".encode())
         flat = value.detach().flatten()
-        at = torch.linspace(0, len(flat) - 1, min(64, len(flat)), device=flat.device).long()
+        at = torch.linspace(0, len(flat) - 1, min(64, len(flat)), device=flat.device)
+        at = at.long().clamp(max=len(flat) - 1)  # float32 rounds up beyond 2 ** 24
         digest.update(flat[at].float().cpu().numpy().tobytes())
         scales = quantize.statistics(value)
         if scales is not None:

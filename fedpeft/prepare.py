@@ -44,6 +44,7 @@ from fedpeft.privacy.compatibility import check_compatible
 from fedpeft.privacy.randomness import Randomness
 from fedpeft.privacy.record_level import RecordLevel
 from fedpeft.privacy.terms import Terms, check_delta, clipped_for_sums, terms_of
+from fedpeft.pruning.anatomy import structure_of
 from fedpeft.robust.settings import Robust
 from fedpeft.secure import SecureFederation
 from fedpeft.strategy import Messages, Problem, Strategy, build
@@ -168,6 +169,7 @@ class Prepared:
             weight=partial(pretrained, self.network),
             steps=self.recipe.local.steps,
             lr=self.recipe.local.lr,
+            structure=partial(structure_of, self.network.model, self.network.scaling),
         )
         if self.population.public is None:
             return problem

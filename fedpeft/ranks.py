@@ -27,6 +27,25 @@ def full_rank(initial: Tree) -> int:
     return max(len(value) for name, value in initial.items() if is_a(name))
 
 
+def chosen(initial: Tree, ranks: Sequence[int]) -> tuple[int, ...]:
+    """The ranks to choose from, ascending: those given, or 2, 4, 8, ... and the full one.
+
+    Raises FedpeftError for a rank outside [1, r].
+    """
+    full = full_rank(initial)
+    for rank in ranks:
+        _check_rank(rank, full)
+    return tuple(sorted(ranks)) or (*(2**k for k in range(1, 16) if 2**k < full), full)
+
+
+def _check_rank(rank: int, full: int) -> None:
+    if not 1 <= rank <= full:
+        raise FedpeftError(
+            f"strategy.ranks has {rank}, but ranks lie between 1 and adapter.r={full}: the "
+            f"model must hold the largest. Raise adapter.r, or lower the rank."
+        )
+
+
 def assign(problem: Problem, ranks: Sequence[int], of_client: Mapping[str, int]) -> dict[str, int]:
     """Each client's rank: as ``of_client`` says, else drawn from ``ranks`` by the run's seed.
 
@@ -36,11 +55,7 @@ def assign(problem: Problem, ranks: Sequence[int], of_client: Mapping[str, int])
     """
     full = full_rank(problem.initial)
     for rank in (*ranks, *of_client.values()):
-        if not 1 <= rank <= full:
-            raise FedpeftError(
-                f"strategy.ranks has {rank}, but ranks lie between 1 and adapter.r={full}: the "
-                f"model must hold the largest. Raise adapter.r, or lower the rank."
-            )
+        _check_rank(rank, full)
     return deal(problem, list(ranks) or [full], of_client, "ranks")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fedpeft.cohort.shelf import PREFIX, Shelf
 from fedpeft.federation import Failure
 from fedpeft.metrics import Score
 from fedpeft.prepare import Prepared
+from fedpeft.pruning.structure import Structure
 from fedpeft.strategy import Adjust, Cohort, Expand, Fit, Messages, Route, Walk
 from fedpeft.tree import Tree, row, stack
 
@@ -95,7 +97,7 @@ class _Cohort(Cohort):
         self.round = round
         self._keepers = keepers
         self._layers = prepared.network.scaling
-        self._weight = prepared.problem.weight
+        self._weight, self._structure = prepared.problem.weight, prepared.problem.structure
         self._memory, self._shelf = own
         self._draws = torch.Generator().manual_seed(round)
 
@@ -144,6 +146,7 @@ class _Cohort(Cohort):
         fixed: Tree | None = None,
         expand: Expand | None = None,
         base: Tree | None = None,
+        most: int | None = None,
     ) -> Tensor:
         return torch.zeros(len(self.clients))
 
@@ -152,6 +155,12 @@ class _Cohort(Cohort):
         return {
             layer: self._noise(self._weight(layer).expand(count, -1, -1)) for layer in self._layers
         }
+
+    def structure(self) -> Structure:
+        return self._structure()
+
+    def pruned(self, alive: Tree) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def recall(self, name: str, default: Tree) -> Tree:
         kept = [self._memory.get(client, {}).get(name) for client in self.clients]

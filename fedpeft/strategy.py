@@ -45,10 +45,12 @@ from torch import Tensor
 
 from fedpeft.errors import FedpeftError, suggest
 from fedpeft.message import Message, Messages, Replies, gather, weighted_mean
+from fedpeft.pruning.structure import Structure
 from fedpeft.training import Adjust, Cohort, Expand, Fit, Route, Walk
 from fedpeft.tree import Tree
 
 S = TypeVar("S")
+Key = TypeVar("Key", int, tuple[float, ...])
 
 
 def _no_weight(layer: str) -> Tensor:
@@ -67,6 +69,14 @@ def _nothing_public() -> Tree:
     )
 
 
+def _no_structure() -> Structure:
+    """Raises FedpeftError."""
+    raise FedpeftError(
+        "the strategy prunes the model, and what can be pruned from it is not at hand here: choose "
+        "a strategy that does not prune."
+    )
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a strategy may know before the first round.
@@ -78,7 +88,7 @@ class Problem:
     optimizer steps of a client in a round, 0 where they depend on its data. lr: of these steps.
     weight: LoRA layer -> its pretrained weight ``[d_out, d_in]``, a copy in float32 on the CPU.
     public_gradients: the gradient of the mean loss over the server's own public data by these
-    weights, at ``initial``: LoRA layer -> ``[d_out, d_in]``.
+    weights, at ``initial``: LoRA layer -> ``[d_out, d_in]``. structure: what can be pruned.
     """
 
     initial: Tree
@@ -90,6 +100,7 @@ class Problem:
     public_gradients: Callable[[], Tree] = _nothing_public
     steps: int = 0
     lr: float = 0.0
+    structure: Callable[[], Structure] = _no_structure
 
 
 @dataclass(frozen=True)
@@ -104,9 +115,9 @@ class Effort:
     adapter: float = 1.0
 
 
-def group_by(clients: Sequence[str], key: Callable[[str], int]) -> list[tuple[str, ...]]:
+def group_by(clients: Sequence[str], key: Callable[[str], Key]) -> list[tuple[str, ...]]:
     """The clients in groups of equal key, smallest key first; in their order within each."""
-    found: dict[int, list[str]] = {}
+    found: dict[Key, list[str]] = {}
     for client in clients:
         found.setdefault(key(client), []).append(client)
     return [tuple(found[k]) for k in sorted(found)]
@@ -173,7 +184,8 @@ class Strategy(ABC, Generic[S]):
     def asks(self) -> frozenset[str]:
         """Which of ``gradients``, ``losses``, ``weight_gradients`` the clients are asked for.
 
-        And ``steps``, where ``train`` gives ``Cohort.fit`` a number of its own.
+        And ``steps``, where ``train`` gives ``Cohort.fit`` a number of its own; ``pruned``, where
+        it prunes their models.
         """
         return frozenset()
 
@@ -225,6 +237,10 @@ class Strategy(ABC, Generic[S]):
         a round, after the last ``receive``, where the run has a fleet.
         """
         return state
+
+    def pruned(self, messages: Messages, cohort: Cohort) -> Tree:
+        """What these clients' models still have; goes with ``personal``. Empty: everything."""
+        return {}
 
     def base(self, state: S) -> Tree:
         """How far the frozen weights are from the pretrained: LoRA layer -> ``[d_out, d_in]``."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from fedpeft.pruning.structure import Structure
 from fedpeft.tree import Tree
 
 Adjust = Callable[[Tree, Tree, Mapping[str, Tree]], Tree]
@@ -147,14 +149,30 @@ class Cohort(ABC):
         fixed: Tree | None = None,
         expand: Expand | None = None,
         base: Tree | None = None,
+        most: int | None = None,
     ) -> Tensor:
-        """Each client's mean loss over all its training data, ``[K]``; forward only."""
+        """Each client's mean loss over its training data, ``[K]``; forward only.
+
+        most: over the first so many examples alone, always the same ones.
+        """
 
     @abstractmethod
     def weight_gradients(self, at: Tree, *, fixed: Tree | None = None) -> Tree:
         """The gradient of each client's mean loss by the frozen weights of all LoRA layers.
 
         LoRA layer -> ``[K, d_out, d_in]``, dense, on the CPU: K times the adapted weights.
+        """
+
+    @abstractmethod
+    def structure(self) -> Structure:
+        """What can be pruned from the model. Raises FedpeftError where nothing is known of it."""
+
+    @abstractmethod
+    def pruned(self, alive: Tree) -> AbstractContextManager[None]:
+        """Inside the block every client's model lacks what it has pruned: part -> bool ``[K, G]``.
+
+        For ``fit``, ``gradients`` and ``losses``. Tensors keep their shapes; entries of adapters
+        that belong to nothing any more do nothing, and have gradient zero.
         """
 
     @abstractmethod

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fedpeft.config import Data, Engine, Local, Model, Partition, Recipe, Rounds
 from fedpeft.data.clients import ClientData, Clients, Population
 from fedpeft.data.examples import flatten
 from fedpeft.model import Network, attach, build_network
+from fedpeft.pruning.anatomy import structure_of
 from fedpeft.strategy import Problem, Strategy
 
 WORDS = 50
@@ -93,7 +95,9 @@ class Tiny:
     @property
     def problem(self) -> Problem:
         names, network = self.population.clients.names, self.network
-        return Problem(network.initial, network.scaling, names, self.rounds.count, self.seed)
+        structure = partial(structure_of, network.model, network.scaling)
+        known = network.initial, network.scaling, names, self.rounds.count, self.seed
+        return Problem(*known, structure=structure)
 
     def federation(
         self,

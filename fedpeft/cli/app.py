@@ -298,6 +298,29 @@ def audit(
         raise typer.Exit(1)
 
 
+@app.command(short_help="Write clients' own models of a run, as small as they were pruned.")
+def export(
+    folder: Annotated[str, typer.Argument(metavar="RUN", hidden=True)],
+    out: Annotated[str, typer.Argument(metavar="OUT", hidden=True)],
+    clients: Annotated[list[str] | None, typer.Argument(metavar="[CLIENT]...", hidden=True)] = None,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Write clients' own models: adapter merged, what they pruned cut out.
+
+    OUT is new or empty; each CLIENT (by default all) gets a folder of its own in it, by number, and
+    clients.json says whose. Where transformers cannot read one, it holds pruned.json, and
+    fedpeft.pruned.load can.
+    """
+    screen = Console(highlight=False)
+    with reported(verbose), logs.shown(screen, verbose=verbose):
+        from pathlib import Path
+
+        from fedpeft.exports import export_clients
+
+        found = export_clients(Path(folder), Path(out), clients or [])
+        screen.print(f"{len(found):,} models in {out}", soft_wrap=True)
+
+
 @app.command("list", short_help="List what a recipe can name, with one line each.")
 def list_(
     topic: Annotated[listing.Topic | None, typer.Argument(metavar="[TOPIC]", hidden=True)] = None,

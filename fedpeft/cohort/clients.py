@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.base import folded, gradients_by_weight
-from fedpeft.cohort.lanes import Lane, LoopLane
+from fedpeft.cohort.lanes import Lane, LoopLane, VmapLane
 from fedpeft.cohort.shelf import Shelf
 from fedpeft.data.clients import ClientData
 from fedpeft.errors import FedpeftError
@@ -19,6 +20,8 @@ from fedpeft.local import Progress, Trainer, batch_plan
 from fedpeft.metrics import client_sums
 from fedpeft.model import Network
 from fedpeft.privacy.record_level import NoisySteps, RecordLevel
+from fedpeft.pruning.anatomy import structure_of
+from fedpeft.pruning.structure import Structure
 from fedpeft.strategy import Adjust, Cohort, Expand, Fit, Route, Walk
 from fedpeft.tree import Layout, Tree, stack
 from fedpeft.walk import Walker
@@ -128,6 +131,7 @@ class TorchCohort(Cohort):
         fixed: Tree | None = None,
         expand: Expand | None = None,
         base: Tree | None = None,
+        most: int | None = None,
     ) -> Tensor:
         self._refuse_if_private("losses")
         self._place(at, fixed, expand)
@@ -136,7 +140,7 @@ class TorchCohort(Cohort):
         total = torch.zeros(len(self._data), device=self._device)
         items = torch.zeros_like(total)
         with torch.no_grad(), folded(self._network, base or {}):
-            for part, index in self._passes():
+            for part, index in self._passes(most):
                 own = {name: value[part] for name, value in placed.items()}
                 sums, counts = self._sums(gradients.expanded(own), index)
                 total[part] += sums
@@ -157,6 +161,23 @@ class TorchCohort(Cohort):
             losses = [partial(self._sums, own, part[None], lane) for part in parts]
             rows.append(gradients_by_weight(self._network, losses))
         return stack(rows)
+
+    def structure(self) -> Structure:
+        return structure_of(self._network.model, self._network.scaling)
+
+    @contextmanager
+    def pruned(self, alive: Tree) -> Iterator[None]:
+        """Not under record-level privacy, compiled, or in the lane ``vmap``."""
+        self._refuse_if_private("pruned models")
+        lane = self._trainer.gradients.lane
+        if isinstance(lane, VmapLane) or lane.compiled != "none":
+            raise FedpeftError(
+                f"the strategy prunes clients' models, which the lane {lane.name!r} with "
+                f"engine.compile={lane.compiled} cannot mask: set engine.compile=none, and use "
+                f"adapter.kind=lora."
+            )
+        with lane.pruned(self.structure().parts, alive):
+            yield
 
     def recall(self, name: str, default: Tree) -> Tree:
         found = {key: value.clone() for key, value in default.items()}
@@ -245,15 +266,16 @@ class TorchCohort(Cohort):
     def _device(self) -> torch.device:
         return self._trainer.gradients.device
 
-    def _passes(self) -> Iterator[tuple[slice, np.ndarray]]:
+    def _passes(self, most: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
         """One pass over all training data: which clients, and their examples ``[C, batch_size]``.
 
-        As many clients at a time as are in flight in training.
+        As many clients at a time as are in flight in training. most: examples of each client.
         """
         size = self._trainer.gradients.local.batch_size
         for first in range(0, len(self._data), self._trainer.width):
             part = slice(first, min(first + self._trainer.width, len(self._data)))
-            own = [client.train for client in self._data[part]]
+            own = [client.train[:most] for client in self._data[part]]
+            self._trainer.gradients.lane.select(part)
             steps = max(-(-len(train) // size) for train in own)
             plan = np.full((len(own), steps * size), -1, dtype=np.int64)
             for k, train in enumerate(own):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +150,16 @@ class CohortFederation:
             self._population.release()
         return found
 
+    def models(self, round: int, messages: Messages) -> tuple[Tree, Tree]:
+        """The clients' own adapters, stacked, and what their models still have; empty: all."""
+
+        def work(messages: Messages, cohort: TorchCohort) -> tuple[Tree, Tree]:
+            own = self._strategy.personal(messages, cohort)
+            return own, self._strategy.pruned(messages, cohort)
+
+        found: tuple[Tree, Tree] = self._on_cohort(round, messages, work)
+        return found
+
     def memory(self) -> Memory:
         """What all clients keep, as of now: private memory, and what they were given once."""
         given = self._shelf.memory()
@@ -236,8 +247,10 @@ class CohortFederation:
     ) -> dict[str, Score]:
         base = self._strategy.followed(messages, cohort)
         adapters = self._strategy.personal(messages, cohort)
-        with folded(self._network, base):
-            scores = score_clients(self._network, self._gradients.lane, adapters, index, examples)
+        alive, lane = self._strategy.pruned(messages, cohort), self._gradients.lane
+        smaller = cohort.pruned(alive) if alive else nullcontext()
+        with folded(self._network, base), smaller:
+            scores = score_clients(self._network, lane, adapters, index, examples)
         return dict(zip(cohort.clients, scores, strict=True))
 
     def _weights(self, data: list[ClientData]) -> Tensor:

@@ -13,7 +13,7 @@ trainable tensor has the value that the model holds (``Network.write``), the sam
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -33,6 +33,8 @@ from fedpeft.cohort.fold import fold, is_plain_lora, owners, travelling
 from fedpeft.config import Engine
 from fedpeft.data.examples import Batch
 from fedpeft.errors import FedpeftError
+from fedpeft.pruning.gates import Gates
+from fedpeft.pruning.structure import Part
 from fedpeft.tree import Tree
 
 Compiled = Literal["none", "default", "graphs"]
@@ -65,6 +67,26 @@ class Lane(ABC):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._gates: Gates | None = None
+
+    @contextmanager
+    def pruned(self, parts: Sequence[Part], alive: Tree) -> Iterator[None]:
+        """Inside the block clients' models lack what ``alive`` (part -> bool ``[K, G]``) lacks.
+
+        ``select`` says which of the clients a batch is of; before it is called, all of them.
+        """
+        gates = Gates(self.model, parts, alive)
+        self._gates = gates
+        try:
+            with gates.installed():
+                yield
+        finally:
+            self._gates = None
+
+    def select(self, clients: Sequence[int] | slice) -> None:
+        """The next batches hold rows of these clients of ``pruned``, in this order."""
+        if self._gates is not None:
+            self._gates.select(clients)
 
     def logits(self, stacked: Tree, batch: Batch) -> Tensor:
         """Logits of all rows, client-major: ``[K*b, C]`` or ``[K*b, P + T, V]``."""
@@ -107,6 +129,8 @@ class LoopLane(Lane):
         found = []
         for k, rows in enumerate(_per_client(batch)):
             own = {name: value[k] for name, value in stacked.items()}
+            if self._gates is not None:
+                self._gates.one(k)
             with patches.applied(self._patches):
                 output = functional_call(self.model, own, (), _inputs(*rows))
             found.append(output.logits)

@@ -28,6 +28,7 @@ from fedpeft.data.clients import ClientData, Task
 from fedpeft.data.examples import Examples, flatten
 from fedpeft.local import Progress, Trainer
 from fedpeft.model import Network, attach, build_network, set_mode
+from fedpeft.pruning.anatomy import structure_of
 from fedpeft.strategy import Messages, Problem, Strategy
 from fedpeft.tree import Tree
 
@@ -73,7 +74,8 @@ class Federation:
             return {layer: weight(layer) for layer in network.scaling}
 
         known = network.initial, network.scaling, names, ROUNDS, SEED, weight, public
-        return Problem(*known, self.local.steps, self.local.lr)
+        structure = partial(structure_of, network.model, network.scaling)
+        return Problem(*known, self.local.steps, self.local.lr, structure)
 
     def train(self, strategy: Strategy[Any], round: int, sent: Messages, size: int) -> Messages:
         """The clients' replies, trained in stacks of ``size``, at most 3 clients in flight."""

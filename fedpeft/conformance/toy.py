@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,9 @@ from torch import Tensor
 
 from fedpeft import tree
 from fedpeft.cohort.shelf import Shelf
+from fedpeft.conformance import toy_structure
 from fedpeft.philox import normals
+from fedpeft.pruning.structure import Structure
 from fedpeft.strategy import Adjust, Cohort, Expand, Fit, Problem, Route, Walk
 from fedpeft.tree import Tree
 
@@ -41,7 +45,6 @@ OTHERS = {
     "base_model.model.classifier.modules_to_save.default.bias": (3,),
 }
 """The head's tensors -> shape."""
-
 
 STEPS = 4
 """Steps of a walk."""
@@ -87,6 +90,7 @@ class Toy:
     shelf: Shelf = field(default_factory=Shelf)
     asked: set[str] = field(default_factory=set)
     walked: bool = False
+    there: dict[str, Tree] = field(default_factory=dict)
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -95,17 +99,10 @@ class Toy:
 
     def problem(self, rounds: int = 3, seed: int = 7) -> Problem:
         """What a strategy is told before round 1."""
-        return Problem(
-            self.initial,
-            self.scaling,
-            self.clients,
-            rounds,
-            seed,
-            self.weight,
-            self.public_gradients,
-            STEPS,
-            self.stride,
-        )
+        known = self.initial, self.scaling, self.clients, rounds, seed
+        given = self.weight, self.public_gradients
+        structure = partial(toy_structure.make, self.initial, self.scaling, self.weight)
+        return Problem(*known, *given, STEPS, self.stride, structure)
 
     def weight(self, layer: str) -> Tensor:
         """A pretrained weight ``[d_out, d_in]``; the losses do not depend on it."""
@@ -125,19 +122,16 @@ class Toy:
     def errors(self, client: str, adapter: Any, base: Any = None) -> Any:
         """What a client's adapter (torch or numpy) lacks: s B A - M of layers, w - T of others.
 
-        base: change of the frozen weights, by layer, in addition.
+        base: change of the frozen weights, by layer, in addition. ``there``: 0 where it is pruned.
         """
-        kind = type(next(iter(adapter.values())))
-        return {
-            name: (
-                self.scaling[name] * adapter[b_of(name)] @ adapter[a_of(name)]
-                + (base[name] if base and name in base else 0.0)
-                if name in self.scaling
-                else adapter[name]
-            )
-            - (target if kind is Tensor else target.numpy())
-            for name, target in self.targets[client].items()
-        }
+        plain, found = type(next(iter(adapter.values()))) is not Tensor, {}
+        for name, target in self.targets[client].items():
+            there = self.there.get(client, {}).get(name)
+            error = adapter[name] if name not in self.scaling else self.update(adapter, name)
+            error = error + (base[name] if base and name in base else 0.0)
+            error = error - (target.numpy() if plain else target)
+            found[name] = error if there is None else error * (there.numpy() if plain else there)
+        return found
 
     def gradient(self, client: str, adapter: Any, base: Any = None) -> Any:
         """The gradient of a client's loss, for torch or numpy."""
@@ -151,7 +145,7 @@ class Toy:
                 found[name] = error
         return found
 
-    def update(self, adapter: Tree, layer: str) -> Tensor:
+    def update(self, adapter: Any, layer: str) -> Any:
         """The dense update s B A of a layer, of an adapter or of every row of a stacked one."""
         return self.scaling[layer] * adapter[b_of(layer)] @ adapter[a_of(layer)]
 
@@ -249,13 +243,11 @@ class ToyCohort(Cohort):
                 for i, name in enumerate(sorted(start))
             }
             z = {name: value.view(now[name].shape) for name, value in z.items()}
-            ends = [
-                self._losses({n: x + s * z[n] for n, x in now.items()}, fixed, expand, base)
-                for s in (reach, -reach)
-            ]
-            difference = ends[0] - ends[1]
-            taken = torch.isfinite(difference) & (difference.abs() <= route.cap)
-            step = (self._toy.stride * rates[:, t] * difference / (2 * reach)).to(ends[0])
+            both = [{n: x + s * z[n] for n, x in now.items()} for s in (reach, -reach)]
+            ends = [self._losses(end, fixed, expand, base) for end in both]
+            apart = ends[0] - ends[1]
+            taken = torch.isfinite(apart) & (apart.abs() <= route.cap)
+            step = (self._toy.stride * rates[:, t] * apart / (2 * reach)).to(ends[0])
             moves.append(torch.where(taken, step, 0.0))
             losses.append(torch.where(taken, (ends[0] + ends[1]) / 2, math.nan))
             own = {n: moves[t].view(-1, *[1] * (x.dim() - 1)) for n, x in now.items()}
@@ -328,9 +320,17 @@ class ToyCohort(Cohort):
         fixed: Tree | None = None,
         expand: Expand | None = None,
         base: Tree | None = None,
+        most: int | None = None,
     ) -> Tensor:
         self._toy.asked.add("losses")
         return self._losses(at, fixed, expand, base)
+
+    def structure(self) -> Structure:
+        return self._toy.problem().structure()
+
+    def pruned(self, alive: Tree) -> AbstractContextManager[None]:
+        self._toy.asked.add("pruned")
+        return toy_structure.pruned(self._toy.there, self.clients, self.structure(), alive)
 
     def _losses(
         self, at: Tree, fixed: Tree | None, expand: Expand | None, base: Tree | None

@@ -37,6 +37,8 @@ def record_level(strategy: Strategy[Any]) -> Refusal:
             "it says how many steps clients take, and the noise covers the recipe's number: use a "
             "strategy that leaves the number to the recipe"
         )
+    if "pruned" in asked:
+        return "it prunes clients' models, for which gradients by example are not made"
     if asked:
         return (
             f"it asks clients for their {' and '.join(asked)}, which no noise covers: use a "

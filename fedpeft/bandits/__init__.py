@@ -1,0 +1,1 @@
+"""Bandits: what the server asks of each client next, learned from what came of it before."""

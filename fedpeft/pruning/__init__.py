@@ -1,0 +1,1 @@
+"""Structured pruning: whole attention heads and channels of feed-forward layers, by client."""
