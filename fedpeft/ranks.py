@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
+import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from fedpeft.errors import FedpeftError
@@ -121,3 +123,32 @@ def padded(replies: Replies, tree: str, like: Tree) -> Iterator[Messages]:
     for reply in replies:
         wide = {**reply.trees, tree: expand(reply.trees[tree])}
         yield Messages(reply.clients, wide, reply.scalars, reply.blobs)
+
+
+def tail(name: str, value: Tensor, cut: int) -> Tensor:
+    """A stacked factor, all but A[cut:, :] or B[:, cut:] set to zero; zero for other tensors."""
+    found = torch.zeros_like(value)
+    if is_a(name):
+        found[:, cut:] = value[:, cut:]
+    elif is_b(name):
+        found[:, :, cut:] = value[:, :, cut:]
+    return found
+
+
+def tails(adapter: Tree, cut: int) -> tuple[Tensor, Tensor]:
+    """The norms ``[K]`` of all A[cut:, :] together, and of all B[:, cut:]."""
+    squares = {n: tail(n, v, cut).square().flatten(1).sum(1) for n, v in adapter.items()}
+    down, up = ([s for n, s in squares.items() if own(n)] for own in (is_a, is_b))
+    return torch.stack(down).sum(0).sqrt(), torch.stack(up).sum(0).sqrt()
+
+
+def penalty_gradient(adapter: Tree, cut: int) -> Tree:
+    """The gradient of ||A[cut:, :]|| ||B[:, cut:]||; zero by a tail that is zero itself."""
+    down, up = tails(adapter, cut)
+    by_a = torch.where(down > 0, up / down.clamp(min=1e-30), 0.0)
+    by_b = torch.where(up > 0, down / up.clamp(min=1e-30), 0.0)
+    return {
+        name: (by_a if is_a(name) else by_b)[:, None, None] * tail(name, value, cut)
+        for name, value in adapter.items()
+        if is_a(name) or is_b(name)
+    }

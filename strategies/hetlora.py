@@ -14,26 +14,30 @@ client has just cut off it sends once more, as zeros. Not exact: factors are ave
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
+from fedpeft.bandits.agents import Bandits, Policy, seen_of_ranks
+from fedpeft.bandits.arms import pick
 from fedpeft.errors import FedpeftError
 from fedpeft.lowrank import is_a, is_b, lora_pairs, squared_norms
-from fedpeft.ranks import assign, lead, padded, widen
+from fedpeft.ranks import assign, chosen, lead, padded, penalty_gradient, tail, tails, widen
 from fedpeft.strategy import Cohort, Messages, Problem, Replies, Strategy, gather, group_by
-from fedpeft.tree import Tree, mean, sort
+from fedpeft.tree import Tree, mean, numel, sort
 
 
 @dataclass(frozen=True)
 class State:
-    """The global adapter of rank r, s by layer, and every client's rank."""
+    """The global adapter of rank r, s by layer, and every client's rank; what bandits know."""
 
     adapter: Tree
     scaling: dict[str, float]
     ranks: dict[str, int]
+    bandits: Bandits
+    losses: dict[str, float]
+    options: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class HetLoRA(Strategy[State]):
 
     ranks: drawn among the clients by the run's seed, each for as many; empty: all have adapter.r.
     client_ranks: client -> its rank, for the ones that are known. gamma, penalty, least: of the
-    paper's gamma, lambda and r_min.
+    paper's gamma, lambda and r_min. bandit: each client's rank is chosen from ``ranks`` (empty: 2,
+    4, 8, ... adapter.r) anew after every round, by the fall of its loss and by its time.
     """
 
     tells: ClassVar[tuple[str, ...]] = ("rank",)
@@ -52,6 +57,7 @@ class HetLoRA(Strategy[State]):
     gamma: float = 0.99
     penalty: float = 0.01
     least: int = 1
+    bandit: bool = False
 
     def __post_init__(self) -> None:
         if not (0 < self.gamma <= 1 and self.penalty >= 0 and self.least >= 1):
@@ -62,8 +68,10 @@ class HetLoRA(Strategy[State]):
 
     def init(self, problem: Problem) -> State:
         lora_pairs(problem.initial, "hetlora")
-        ranks = assign(problem, self.ranks, self.client_ranks)
-        return State(problem.initial, dict(problem.scaling), ranks)
+        bandits, options = Bandits(problem.seed), chosen(problem.initial, self.ranks)
+        first = [pick(options, 0.5)] if self.bandit else self.ranks
+        ranks = assign(problem, first, {} if self.bandit else self.client_ranks)
+        return State(problem.initial, dict(problem.scaling), ranks, bandits, {}, options)
 
     def groups(self, state: State, clients: Sequence[str]) -> list[tuple[str, ...]]:
         return group_by(clients, lambda client: state.ranks[client])
@@ -75,7 +83,7 @@ class HetLoRA(Strategy[State]):
 
     def train(self, messages: Messages, cohort: Cohort) -> Messages:
         start, rank = messages.trees["adapter"], int(messages.scalars["rank"][0])
-        cut = max(self.least, int(self.gamma * rank + 1e-9))
+        cut = rank if self.bandit else max(self.least, int(self.gamma * rank + 1e-9))
 
         def penalised(gradient: Tree, adapter: Tree, own: Mapping[str, Tree]) -> Tree:
             added = penalty_gradient(adapter, cut)
@@ -103,39 +111,37 @@ class HetLoRA(Strategy[State]):
         factors = {n: v for n, v in own.items() if is_a(n) or is_b(n)}
         heads = {n: v for n, v in own.items() if n not in factors}
         merged = mean([(factors, w)]) | (mean([(heads, p)]) if heads else {})
-        return State(sort(merged), state.scaling, ranks)
+        after = replace(state, adapter=sort(merged), ranks=ranks)
+        return self._chosen(after, stacks) if self.bandit else after
+
+    def _chosen(self, state: State, stacks: Sequence[Messages]) -> State:
+        """Every client that was there has its next rank."""
+        loss = {
+            c: x for s in stacks for c, x in zip(s.clients, s.scalars["loss"].tolist(), strict=True)
+        }
+        last = {c: state.losses.get(c, x) - x for c, x in loss.items()}
+        size = [float(numel(lead(state.adapter, state.ranks[c]))) for c in loss]
+        seen = seen_of_ranks(last, torch.tensor(size), state.bandits.seed)
+        bandits = state.bandits.closed(self._policy(state), seen)
+        return self._next(replace(state, bandits=bandits, losses=state.losses | loss))
+
+    def _policy(self, state: State) -> Policy:
+        return Policy("grid", state.options, levels=(0.0,))
+
+    def _next(self, state: State) -> State:
+        names = state.bandits.seen.clients
+        ranks = state.bandits.orders(self._policy(state), names)[1].tolist()
+        return replace(state, ranks=state.ranks | dict(zip(names, ranks, strict=True)))
+
+    def told(self, state: State, times: Mapping[str, float]) -> State:
+        """The state with the times that the server has seen, in place of the cost model's."""
+        if not self.bandit:
+            return state
+        bandits = state.bandits.timed(self._policy(state), times)
+        return self._next(replace(state, bandits=bandits))
 
     def adapter(self, state: State) -> Tree:
         return state.adapter
 
     def personal(self, messages: Messages, cohort: Cohort) -> Tree:
         return widen(cohort.initial)(messages.trees["adapter"])
-
-
-def tail(name: str, value: Tensor, cut: int) -> Tensor:
-    """A stacked factor, all but A[cut:, :] or B[:, cut:] set to zero; zero for other tensors."""
-    found = torch.zeros_like(value)
-    if is_a(name):
-        found[:, cut:] = value[:, cut:]
-    elif is_b(name):
-        found[:, :, cut:] = value[:, :, cut:]
-    return found
-
-
-def tails(adapter: Tree, cut: int) -> tuple[Tensor, Tensor]:
-    """The norms ``[K]`` of all A[cut:, :] together, and of all B[:, cut:]."""
-    squares = {n: tail(n, v, cut).square().flatten(1).sum(1) for n, v in adapter.items()}
-    down, up = ([s for n, s in squares.items() if own(n)] for own in (is_a, is_b))
-    return torch.stack(down).sum(0).sqrt(), torch.stack(up).sum(0).sqrt()
-
-
-def penalty_gradient(adapter: Tree, cut: int) -> Tree:
-    """The gradient of ||A[cut:, :]|| ||B[:, cut:]||; zero by a tail that is zero itself."""
-    down, up = tails(adapter, cut)
-    by_a = torch.where(down > 0, up / down.clamp(min=1e-30), 0.0)
-    by_b = torch.where(up > 0, down / up.clamp(min=1e-30), 0.0)
-    return {
-        name: (by_a if is_a(name) else by_b)[:, None, None] * tail(name, value, cut)
-        for name, value in adapter.items()
-        if is_a(name) or is_b(name)
-    }

@@ -78,6 +78,13 @@ def test_the_digest_tells_bases_apart_and_ignores_the_adapter() -> None:
     assert one != base_digest(tiny_network(LORA, 1).model)
 
 
+def test_the_digest_reads_tensors_of_any_size() -> None:
+    """From 2**24 numbers on float32 cannot tell the last index from the length."""
+    large = nn.Module()
+    large.vocabulary = nn.Parameter(torch.zeros(30522 * 768, dtype=torch.float16))
+    assert len(base_digest(large)) == 16
+
+
 def test_mean_pooling_leaves_padding_out() -> None:
     torch.manual_seed(0)
     model = MeanPoolClassifier(tiny_model().bert, 3).eval()

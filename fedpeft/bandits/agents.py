@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedpeft.bandits import linear
 from fedpeft.bandits.arms import Arm, Rule, choose, grid, learn, middle, pick, tree
+from fedpeft.bandits.costs import seconds
 from fedpeft.bandits.rewards import Worth, away, fedmp, share, spine
 from fedpeft.errors import FedpeftError
 from fedpeft.streams import numpy_stream
@@ -48,6 +49,17 @@ class Seen:
     left: Tensor
     seconds: Tensor
     goal: float = 0.0
+
+
+def seen_of_ranks(falls: Mapping[str, float], numbers: Tensor, seed: int) -> Seen:
+    """What is seen of clients that choose a rank alone: client -> fall of its loss.
+
+    numbers: how many each sends, ``[K]``; the cost model's time is that of both ways, in float32.
+    """
+    none, names = torch.zeros(len(falls), dtype=torch.float64), tuple(falls)
+    fall = torch.tensor(list(falls.values()), dtype=torch.float64)
+    times = seconds(names, seed, none, 8 * numbers.double())
+    return Seen(names, fall, none, none, none + 1, times, goal=1.0)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,10 @@ def record_level(strategy: Strategy[Any]) -> Refusal:
             "strategy that leaves the number to the recipe"
         )
     if "pruned" in asked:
-        return "it prunes clients' models, for which gradients by example are not made"
+        return (
+            "it prunes clients' models, of which no gradients by example are made: use a strategy "
+            "that does not prune"
+        )
     if asked:
         return (
             f"it asks clients for their {' and '.join(asked)}, which no noise covers: use a "

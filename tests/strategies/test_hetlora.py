@@ -10,6 +10,8 @@ import torch
 
 from fedpeft import tree
 from fedpeft.comms.ledger import message_bytes
+from fedpeft.conformance import PROPERTIES, Property
+from fedpeft.conformance.finding import examine
 from fedpeft.errors import FedpeftError
 from fedpeft.strategies.fedavg import FedAvg
 from fedpeft.strategies.hetlora import HetLoRA, penalty_gradient, tails
@@ -157,3 +159,43 @@ def test_a_client_is_sent_and_sends_its_own_rank_and_nothing_more() -> None:
 def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(FedpeftError, match=r"strategy\.gamma="):
         HetLoRA(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_bandit_may_choose_the_ranks() -> None:
+    """Everybody begins in the middle; each next rank is the agents' order; nothing is pruned."""
+    toy, strategy = make(), HetLoRA([1, 2, 3], bandit=True, penalty=20.0, gamma=0.5)
+    states = play(strategy, toy, 8, some).states
+    assert set(states[0].ranks.values()) == {2}
+    seen = set()
+    for state in states[1:]:
+        agents = state.bandits.agents
+        for client, order in agents.orders.items():
+            assert state.ranks[client] == (1, 2, 3)[min(int(order[2] * 3), 2)]
+        seen |= set(state.ranks.values())
+        assert agents.tables.keys() == state.losses.keys()
+    assert seen == {1, 2, 3}
+
+
+def test_the_fleets_times_change_what_a_bandit_has_learned() -> None:
+    toy, strategy = make(), HetLoRA([1, 3], bandit=True)
+    state = play(strategy, toy, 2).states[-1]
+    told = strategy.told(state, {c: 1.0 + 9 * k for k, c in enumerate(toy.clients)})
+    tables, others = told.bandits.agents.tables, state.bandits.agents.tables
+    assert any(not torch.equal(tables[c], others[c]) for c in toy.clients)
+    plain = play(HetLoRA([1, 3]), make(), 2).states[-1]
+    assert HetLoRA([1, 3]).told(plain, dict.fromkeys(toy.clients, 1.0)) is plain
+
+
+RANKS_CHANGE = (
+    "one_client_is_local_training",
+    "no_movement_changes_nothing",
+    "personal_adapters_are_complete",
+)
+"""With another rank in the next round a client is sent another part of the global adapter than it
+trained: what it uses is neither that nor the whole."""
+
+
+@pytest.mark.parametrize("check", PROPERTIES, ids=lambda one: one.__name__)
+def test_the_kit_holds_with_a_bandit(check: Property) -> None:
+    verdict = examine(HetLoRA([1, 2, 3], bandit=True), check)
+    assert verdict.verdict != "broken" or check.__name__ in RANKS_CHANGE, verdict.found
