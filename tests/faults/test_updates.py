@@ -248,8 +248,11 @@ def test_a_shape_that_is_announced_and_not_there(tiny: Path) -> None:
 
 
 @fault(18, "X")
+@pytest.mark.parametrize("most", ["20 kB", "3 MB"])
 @pytest.mark.parametrize("what", ["tensor", "blob"])
-def test_an_update_larger_than_it_can_be(tiny: Path, what: str) -> None:
+def test_an_update_larger_than_it_can_be(tiny: Path, what: str, most: str) -> None:
+    """Far above the bound nothing of it is read; else it is read and refused."""
+
     def spoil(content: RecordDict, message: Message, header: Header) -> RecordDict:
         trees = {part: dict(tree) for part, tree in message.trees.items()}
         if what == "tensor":
@@ -257,8 +260,9 @@ def test_an_update_larger_than_it_can_be(tiny: Path, what: str) -> None:
             return encode(Message(trees, message.scalars), header)
         return encode(Message(trees, message.scalars, {"large": b"\0" * 2**22}), header)
 
-    recipe = recipe_of(tiny, max_reply="20 kB")
-    costs_c1_alone(faulty_client(spoil), recipe, "bytes, above the 20000 of rounds.max_reply")
+    unread, refused = "40000 bytes of tensors and blobs: none is read", "of rounds.max_reply"
+    recipe = recipe_of(tiny, max_reply=most)
+    costs_c1_alone(faulty_client(spoil), recipe, unread if most == "20 kB" else refused)
 
 
 @fault(19, "X")

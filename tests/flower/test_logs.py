@@ -30,7 +30,7 @@ def as_before() -> Iterator[None]:
         root.removeHandler(handler)
         handler.close()
     own.setLevel(level)
-    client_app._log_to.cache_clear()
+    client_app.log_to.cache_clear()
 
 
 def play(tiny: Path, log: Path) -> dict[str, str]:

@@ -54,12 +54,8 @@ def test_the_app_of_a_deployment_and_the_example_are_ours(tmp_path: Path) -> Non
     [
         ({"evil.py": "import os"}, ("", ""), "it holds ['evil.py']"),
         ({"fedpeft.py": "app = 1"}, ("", ""), "it holds ['fedpeft.py']"),
-        ({}, ("fedpeft.flower.client_app:app", "os:system"), "it names the components"),
-        (
-            {},
-            ("fedpeft.flower.client_app:app", "fedpeft.flower.client_app:simulated"),
-            "components",
-        ),
+        ({}, ("fedpeft.flower.shim:app", "os:system"), "it names the components"),
+        ({}, ("fedpeft.flower.shim:app", "fedpeft.flower.client_app:simulated"), "components"),
         ({}, ("clientapp =", 'agentapp = "os:system"\nclientapp ='), "other components"),
         ({}, ("dependencies = []", 'dependencies = ["evil"]'), "it has dependencies"),
     ],
