@@ -28,13 +28,18 @@ _CHUNK = 2**20
 
 
 def seal(folder: Path) -> None:
-    """Writes the manifest of the files that are in a folder now, in the place of an older one."""
+    """Writes the manifest of what is in a folder now, in the place of an older one.
+
+    Folders in it (X-LoRA's experts) are named only: nothing in them is read with this one.
+    """
     listed = {
         path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)}
         for path in sorted(folder.iterdir())
         if path.name != MANIFEST and path.is_file()
     }
-    text = json.dumps({"version": VERSION, "files": listed}, indent=2) + "\n"
+    beside = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    content = {"version": VERSION, "files": listed, "folders": beside}
+    text = json.dumps(content, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
@@ -47,9 +52,10 @@ def verify(folder: Path, what: str) -> bool:
     if not os.path.lexists(folder / MANIFEST):
         return False
     listed = _listed(folder, what)
+    beside = read_json(folder, MANIFEST, what).get("folders", [])
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink():
-            continue  # nothing in it is read
+        if path.is_dir() and not path.is_symlink() and path.name in beside:
+            continue
         if path.name not in {*listed, MANIFEST}:
             raise _fault(what, folder, path.name, f"is not in {MANIFEST}")
     for name, (size, digest) in listed.items():
