@@ -135,6 +135,9 @@ def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
 TOKENS = 20480
 """Tokens that a client trains on in a round, for the cost model: 20 steps of 8 rows of 128."""
 
+TOLD = ("before", "after", "importance")
+"""Scalars of a reply that bandits learn from; NaN, which gains nothing, where one is missing."""
+
 WEIGHTS = ("norm_samples", "samples", "norm")
 """Rules of ``weigh``."""
 
@@ -194,7 +197,9 @@ def collect(replies: Sequence[Messages], roll: Roll, like: Tree, share: Tensor) 
             left, taken = roll.accepted(alive, reply.trees["groups"]["bits"], told)
         whole = expand(put(parts, reply.trees["adapter"], alive, like))
         size = sum(v[0].numel() * v.element_size() for v in reply.trees["adapter"].values())
-        scalars = {**reply.scalars, "size": torch.full((len(reply),), float(size))}
+        lacking = torch.full((len(reply),), torch.nan, dtype=torch.float64)
+        scalars = {name: reply.scalars.get(name, lacking) for name in ("weight", *TOLD)}
+        scalars["size"] = torch.full((len(reply),), float(size), dtype=torch.float64)
         stacks.append(Messages(reply.clients, {"adapter": whole, "left": left}, scalars))
         fine.append(taken)
         first += len(reply)
@@ -202,7 +207,7 @@ def collect(replies: Sequence[Messages], roll: Roll, like: Tree, share: Tensor) 
     scalars = {n: torch.cat([s.scalars[n] for s in stacks]) for n in stacks[0].scalars}
     names = tuple(client for reply in replies for client in reply.clients)
     gone = torch.where(torch.cat(fine), share, roll.before(names))
-    return Collected(names, own, left, p, gone, scalars["size"].double(), scalars, parts)
+    return Collected(names, own, left, p, gone, scalars["size"], scalars, parts)
 
 
 def observed(got: Collected, roll: Roll, step: float, goal: float, seed: int) -> Seen:

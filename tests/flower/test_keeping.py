@@ -56,6 +56,8 @@ def gap(left: Tree, right: Tree) -> float:
         {"name": "fedask"},
         {"name": "ravan"},
         {"name": "hetlora", "ranks": [1, 2]},
+        {"name": "fedspine", "step": 0.9},
+        {"name": "light_peft", "estimate": 1, "modules": 0.5},
         {"name": "fed_sb", "start": "weights"},
         {"name": "fed_sb", "start": "gradients", "first_step": 0.01},
     ],

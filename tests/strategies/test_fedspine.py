@@ -237,6 +237,20 @@ def test_a_client_that_lies_about_what_it_has_left_is_not_believed() -> None:
         assert all(torch.equal(told[n], own) for n, own in known.items())
 
 
+def test_a_client_that_does_not_tell_its_losses_gains_nothing() -> None:
+    toy, strategy = make(), FedSpine(**FAST)
+    state = strategy.init(toy.problem())
+    (sent,) = addressed(strategy, state, 1, toy.clients)
+    replies = []
+    for part in sent.split(1):
+        reply = strategy.train(part, toy.cohort(part.clients))
+        told = {"weight": reply.scalars["weight"]} if not replies else reply.scalars
+        replies.append(type(reply)(reply.clients, reply.trees, told))
+    tables = strategy.receive(state, iter(replies)).bandits.agents.tables
+    rewards = [float(tables[client][:, 5].sum()) for client in toy.clients]
+    assert rewards[0] == 0.0 and min(rewards[1:]) > 0.0
+
+
 @pytest.mark.parametrize("policy", ["grid", "tree", "linear"])
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda one: one.__name__)
 def test_the_kit_holds_where_clients_do_prune(check: Any, policy: str) -> None:
