@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from fedpeft import sampling
 from fedpeft.cohort.federation import client_weights
-from fedpeft.comms.ledger import Bytes, Entry, entries, grouped, totals
+from fedpeft.comms.ledger import PARTIAL, Bytes, Entry, entries, grouped, totals
 from fedpeft.config import Rounds
 from fedpeft.config_comms import size_of
 from fedpeft.errors import QuorumError
@@ -190,7 +190,7 @@ class Books:
         away = {name for name, one in missed.items() if not one.reached}
         reached = [_without(stack, away) for stack in sent]
         self.down.extend(grouped(entry for stack in reached for entry in entries(stack)))
-        came = (Entry((n,), {"partial": one.came}) for n, one in missed.items() if one.came)
+        came = (Entry((n,), {PARTIAL: one.came}) for n, one in missed.items() if one.came)
         self.up.extend(grouped(came))
         present = [_without(stack, self.lost) for stack in sent]
         return [stack for stack in present if len(stack)]

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from fedpeft.codecs.settings import varies
-from fedpeft.comms.ledger import Bytes, Ledger
+from fedpeft.comms.ledger import Bytes, Ledger, messages
 from fedpeft.config_comms import budget_of
 from fedpeft.defence import Attackers, RobustRule
 from fedpeft.engine import AbortedRoundError, Seam, play_round
@@ -107,8 +107,8 @@ def forecast(prepared: Prepared) -> Forecast:
             times.append(timed.line["seconds"])
         ledger.add(report.down, report.up)
         each.append(sum(report.down.values()) + sum(report.up.values()))
-        requests += sum(len(entry.clients) for entry in report.sent)
-        replies += sum(len(entry.clients) for entry in report.came)
+        requests += messages(report.sent)
+        replies += messages(report.came)
     dense = 4 * own.network.layout.size * (requests + replies)
     books = (ledger.down, ledger.up, tuple(each), requests, replies)
     return Forecast(*books, dense, _exact(own), tuple(times))

@@ -19,7 +19,7 @@ from typing import Any
 from fedpeft import logs, sampling
 from fedpeft.base import export_with_base
 from fedpeft.baselines import baseline, clients_outcome, test_score
-from fedpeft.comms.ledger import Ledger
+from fedpeft.comms.ledger import Ledger, messages
 from fedpeft.config import Recipe
 from fedpeft.config_load import dump_recipe, parse_recipe
 from fedpeft.engine import AbortedRoundError, RoundReport, Seam, play_round
@@ -251,12 +251,12 @@ class Job:
         before = dict(self.at.extra)
         ledger = Ledger(dict(before["down"]), dict(before["up"]))
         ledger.add(report.down, report.up)
-        messages = sum(len(entry.clients) for entry in (*report.sent, *report.came))
+        count = messages((*report.sent, *report.came))
         return (
             before
             | _extra(
                 ledger,
-                before["messages"] + messages,
+                before["messages"] + count,
                 before["excluded"] + len(report.excluded),
                 before["dropped"] + len(report.dropped),
                 before["seconds"] + report.seconds,

@@ -142,12 +142,12 @@ def _traffic(found: Plan) -> Group:
     total = sum(sends.down.values()) + sum(sends.up.values())
     sure = "exactly" if sends.exact else "about"
     lines = [pair("both ways", f"{sure} {total:,} bytes")]
+    if total:
+        lines.append(pair("that is", units.shares(sends.dense, total)))
     if sends.times:
         mean = sum(sends.times) / len(sends.times)
         both = f"{units.clock(mean)}, the whole run {units.clock(sum(sends.times))}"
         lines.append(pair("a round by the fleet", both))
-    if total:
-        lines.append(pair("that is", units.shares(sends.dense, total)))
     return Group(table, "", *lines)
 
 

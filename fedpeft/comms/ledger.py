@@ -46,6 +46,15 @@ def totals(entries: Iterable[Entry]) -> Bytes:
     return dict(found)
 
 
+PARTIAL = "partial"
+"""The kind of what came of a reply that broke off."""
+
+
+def messages(entries: Iterable[Entry]) -> int:
+    """How many messages there were, without those that broke off."""
+    return sum(len(entry.clients) for entry in entries if PARTIAL not in entry.each)
+
+
 def grouped(entries: Iterable[Entry]) -> list[Entry]:
     """The same of one exchange: clients of equal bytes together, sorted, whoever trained them."""
     found: dict[tuple[tuple[str, int], ...], list[str]] = {}
