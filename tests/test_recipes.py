@@ -22,7 +22,16 @@ def name_of(path: Path) -> str:
 
 def test_all_recipes_are_here() -> None:
     own = [path.stem for path in RECIPES if STUDIES not in path.parents]
-    assert own == ["banking77", "fedkseed", "flasc", "jetson80", "shakespeare", "quickstart"]
+    assert own == [
+        "banking77",
+        "fedkseed",
+        "fedspine",
+        "flasc",
+        "jetson80",
+        "prune_first",
+        "shakespeare",
+        "quickstart",
+    ]
     assert len(RECIPES) == len(own) + len(list(STUDIES.glob("*/recipe.yaml")))
 
 
