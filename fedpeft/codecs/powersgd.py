@@ -76,14 +76,18 @@ def _part(settings: Codec, name: str, tensors: list[Tensor]) -> Part:
 
 
 def _factors(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """P ``[..., m, r]`` with orthonormal columns, and Q ``[..., n, r]``, of ``[..., m, n]``."""
-    largest = matrices.abs().amax(dim=(-2, -1), keepdim=True)
+    """P ``[..., m, r]`` with orthonormal columns, and Q ``[..., n, r]``, of ``[..., m, n]``.
+
+    In float64, cast once: how products are summed depends on how many matrices there are, and a
+    client alone must send the same bits as in a cohort.
+    """
+    largest = matrices.abs().amax(dim=(-2, -1), keepdim=True).double()
     scaled = matrices / torch.where(largest > 0, largest, 1)  # nothing squared overflows
-    second = start
+    second = start.double()
     for _ in range(_ROUNDS):
         first = torch.linalg.qr(scaled @ second).Q
         second = scaled.mT @ first
-    return first, second * largest
+    return first.to(matrices), (second * largest).to(matrices)
 
 
 def _product(first: Tensor, second: Tensor) -> Tensor:

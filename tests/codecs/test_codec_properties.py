@@ -120,3 +120,12 @@ def test_any_bytes_are_refused_or_are_what_would_be_written(
 def test_any_bytes_are_no_payload(data: bytes) -> None:
     with pytest.raises(PayloadError):
         read(data, 1000)
+
+
+def test_powersgd_sends_the_same_bits_alone_and_in_a_cohort() -> None:
+    own = Codec(codec="powersgd", values="fp32", rank=1)
+    matrix, seeds = torch.ones(2, 405), torch.zeros(2, dtype=torch.int64)
+    both = encode(own, matrix, ((5, 9, 9),), seeds).restored()
+    for k in range(2):
+        alone = encode(own, matrix[k : k + 1], ((5, 9, 9),), seeds[k : k + 1])
+        assert same_bits(alone.restored()[0], both[k])
