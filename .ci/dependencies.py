@@ -91,7 +91,11 @@ def faults() -> Iterator[str]:
 def unfit(name: str) -> Iterator[str]:
     """Requirements of a distribution that what is installed does not meet."""
     for needed in requirements(name, frozenset()):
-        version = metadata.version(needed.name)
+        try:
+            version = metadata.version(needed.name)
+        except metadata.PackageNotFoundError:
+            yield f"{name} needs {needed}, which is missing"
+            continue
         if not needed.specifier.contains(version, prereleases=True):
             yield f"{name} needs {needed}, and {needed.name} {version} is installed"
 

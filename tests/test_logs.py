@@ -17,6 +17,14 @@ from fedpeft import logs
 OWN, OTHER, FLOWER = (logging.getLogger(n) for n in ("fedpeft.some", "library", "flwr.fedpeft"))
 
 
+@pytest.fixture(autouse=True)
+def nothing_bound() -> Iterator[None]:
+    """Whatever tests before these have bound."""
+    with logs.scope():
+        logs._PLACE.set(logs.Place())
+        yield
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Iterator[Path]:
     root, own = logging.getLogger(), logging.getLogger("fedpeft")

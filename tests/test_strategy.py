@@ -142,7 +142,7 @@ def test_available_strategies_have_one_line_each() -> None:
             "fedvag",
             r"strategy\.name='fedvag' does not exist\. Did you mean 'fedavg'\? Known: .*local",
         ),
-        ("zzz", r"'zzz' does not exist\. Known: centralised, fed"),
+        ("zzz", r"'zzz' does not exist\. Known: centralised, epm, fed"),
         ("", r"'' does not exist"),
         ("no_such_pkg.mine", r"no module 'no_such_pkg' on the Python path.*or one of: .*fedavg"),
         ("fedpeft.strategies.nope", r"no module 'fedpeft\.strategies\.nope'"),
