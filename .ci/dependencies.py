@@ -32,8 +32,12 @@ TOOLS = {"pip", "setuptools", "wheel"}
 
 
 def requirements(name: str, extras: frozenset[str]) -> Iterator[Requirement]:
-    """What an installed distribution asks for, on this machine."""
-    for text in metadata.requires(name) or []:
+    """What a distribution asks for, on this machine; nothing where it is not installed."""
+    try:
+        listed = metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        return
+    for text in listed:
         found = Requirement(text)
         if found.marker is None or any(
             found.marker.evaluate({"extra": extra}) for extra in (extras or {""})
