@@ -107,7 +107,7 @@ class _Federation:
     scratch: Path
     processes: Processes
     say: Say
-    settings: Settings
+    settings: Settings = field(default_factory=Settings)
     lost: set[str] = field(default_factory=set)
 
     def play(self) -> Outcome:

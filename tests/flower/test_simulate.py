@@ -22,6 +22,7 @@ from fedpeft.errors import FedpeftError
 from fedpeft.events import Watcher
 from fedpeft.federation import Federation
 from fedpeft.flower import simulate
+from fedpeft.flower.courier import Courier
 from fedpeft.flower.digests import digests_of
 from fedpeft.flower.federation import FlowerFederation
 from fedpeft.flower.secure import secured_in_simulation
@@ -152,13 +153,13 @@ def test_ctrl_c_in_training_ends_everything(
     prepared = prepare(recipe)
     monkeypatch.setattr(simulate, "GRACE", 0.01)
 
-    def interrupt(self: FlowerFederation, began: float) -> None:
+    def interrupt(self: Courier, began: float) -> None:
         raise KeyboardInterrupt
 
     def body(federation: Federation) -> None:
         names = tuple(federation.clients())
         state = prepared.strategy.init(prepared.problem)
-        monkeypatch.setattr(FlowerFederation, "_pause", interrupt)
+        monkeypatch.setattr(Courier, "pause", interrupt)
         list(federation.run(1, prepared.strategy.send(state, 1, names)))
 
     capfd.readouterr()
