@@ -82,6 +82,8 @@ def _progress(done: Progress, now: datetime) -> Iterator[Text]:
     yield pair("rounds", f"{done.rounds:,} of {done.planned:,}{', complete' if done.ended else ''}")
     if done.rounds:
         yield pair("last round", f"{done.replies:,} of {done.clients:,} clients in the aggregate")
+        if done.aborted:
+            yield pair("", f"aborted: {plain(done.aborted)}", "yellow")
         missing = [*done.excluded.items(), *((name, "dropped out") for name in done.dropped)]
         for name, why in missing[:NAMED]:
             yield pair("", f"{plain(name)}: {plain(why)}", "yellow")
@@ -97,6 +99,8 @@ def _progress(done: Progress, now: datetime) -> Iterator[Text]:
         yield pair("bytes", f"{ways}; {units.size(sent)}{whole}")
     if done.privacy is not None:
         yield pair("epsilon", f"{_epsilon(done.privacy)}, delta {done.privacy.delta:g}")
+    if done.note:
+        yield pair("last note", plain(done.note))
     if not math.isnan(done.checkpoint):
         age = max(0.0, now.timestamp() - done.checkpoint)
         yield pair("checkpoint", f"{units.clock(age)} old")

@@ -28,6 +28,7 @@ class Progress:
     up: bytes of all rounds by kind. budget: ``comms.budget`` in bytes, 0 without one. seconds: of
     all rounds. ended: whether the run wrote its summary. checkpoint: when the newest checkpoint was
     written, in seconds since the epoch; NaN without one. privacy: None where nothing was charged.
+    aborted: why the last round has no result, if it has none. note: the last one.
     """
 
     rounds: int
@@ -45,6 +46,8 @@ class Progress:
     ended: bool = False
     checkpoint: float = math.nan
     privacy: Spent | None = None
+    aborted: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def progress(folder: Path, recipe: Recipe) -> Progress:
     lines = MetricsLog(folder / "metrics.jsonl").read()
     rounds = [line for line in lines if line["kind"] == "round"]
     tests = [line for line in lines if line["kind"] == "evaluation" and line["scope"] == "test"]
+    notes = [str(line["text"]) for line in lines if line["kind"] == "note"]
     last: dict[str, Any] = rounds[-1] if rounds else {}
     failures = {one["client"]: str(one["reason"]) for one in last.get("failures", ())}
     return Progress(
@@ -88,8 +92,16 @@ def progress(folder: Path, recipe: Recipe) -> Progress:
         seconds=sum(_number(line["seconds"]) for line in rounds),
         ended=any(line["kind"] == "summary" for line in lines),
         checkpoint=_newest(folder / "checkpoints"),
-        privacy=spent(folder / "privacy.jsonl", recipe),
+        privacy=spent(ledger_of(folder), recipe),
+        aborted=last.get("aborted", ""),
+        note=notes[-1] if notes else "",
     )
+
+
+def ledger_of(folder: Path) -> Path:
+    """A run's privacy ledger: in its folder or, of a deployment, beside it, where it stays."""
+    own = folder / "privacy.jsonl"
+    return own if own.exists() else folder.with_name("privacy.jsonl")
 
 
 def spent(ledger: Path, recipe: Recipe) -> Spent | None:

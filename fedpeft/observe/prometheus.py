@@ -20,7 +20,7 @@ from fedpeft.engine import RoundReport
 from fedpeft.errors import FedpeftError
 from fedpeft.events import Summary, Watcher
 from fedpeft.metrics import Score
-from fedpeft.observe.progress import Spent, progress, spent
+from fedpeft.observe.progress import Spent, ledger_of, progress, spent
 from fedpeft.observe.reasons import reason_class
 from fedpeft.plan import Plan
 from fedpeft.record.folder import RunFolder
@@ -130,7 +130,7 @@ class Metrics(Watcher):
         sent = sum((*before.down.values(), *before.up.values()))
         self._left.set(before.budget - sent if before.budget else math.inf)
         self._most.set(recipe.privacy.epsilon or math.inf)
-        self._epsilon.set_function(_epsilon(run.path / "privacy.jsonl", recipe))
+        self._epsilon.set_function(_epsilon(lambda: ledger_of(run.path), recipe))
 
     def stage(self, name: str, rounds: int) -> None:
         self._is_own = name == self._strategy
@@ -177,7 +177,7 @@ class SiteMetrics:
                 recipe.privacy.epsilon or math.inf
             )
             own = made.gauge("site_epsilon_spent", "Epsilon on the site's own ledger.")
-            own.set_function(_epsilon(ledger, recipe))
+            own.set_function(_epsilon(lambda: ledger, recipe))
 
     def answered(self, kind: str, is_refused: bool, seconds: float) -> None:
         """A request was answered, with a reply or with an error. kind: query, train, evaluate."""
@@ -186,14 +186,16 @@ class SiteMetrics:
         self._last.set_to_current_time()
 
 
-def _epsilon(ledger: Path, recipe: Recipe) -> Callable[[], float]:
+def _epsilon(where: Callable[[], Path], recipe: Recipe) -> Callable[[], float]:
     """What the ledger holds at the time of a scrape, priced once for every state of the file.
 
-    NaN without a ledger, and where it cannot be read: a scrape must not fail for one figure.
+    where: says where it is by then. NaN without a ledger, and where it cannot be read: a scrape
+    must not fail for one figure.
     """
     known: dict[int, Spent | None] = {}
 
     def price() -> float:
+        ledger = where()
         try:
             size = ledger.stat().st_size
             if size not in known:

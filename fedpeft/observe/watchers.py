@@ -61,6 +61,7 @@ class LogLines(Watcher):
     def planned(self, plan: Plan, folder: str) -> None:
         what = "%s: %d rounds over %d clients, engine %s on %s"
         self._log.info(what, plan.strategy, plan.rounds, plan.clients, plan.engine, plan.device)
+        self._log.info("the run is recorded in %s", folder)
 
     def stage(self, name: str, rounds: int) -> None:
         self._log.info("training begins: %s, %d rounds", name, rounds)
@@ -87,17 +88,16 @@ class LogLines(Watcher):
     def finished(self, summary: Summary) -> None:
         for line in summary.privacy:
             self._log.info("privacy: %s", line)
-        self._log.info(
-            "complete: %d rounds, %d excluded, %.1f s",
-            summary.rounds,
-            summary.excluded,
-            summary.seconds,
-        )
+        done = (summary.rounds, summary.excluded, summary.seconds)
+        self._log.info("complete: %d rounds, %d excluded, %.1f s", *done)
+        self._log.info("the adapter is in %s", summary.adapter or "(it has no global one)")
 
 
 @contextmanager
 def watching(config: Mapping[str, object], logger: str) -> Iterator[Watcher]:
     """Who watches a run in a server's process, until the end of the block.
+
+    ``logs.bind(run=...)`` inside says whose lines follow, to the end of the block too.
 
     config: run config: ``log``, a file for structured logs (``fedpeft.logs``), and
     ``metrics-port``, where Prometheus scrapes on loopback; empty and 0 are neither. logger: the
@@ -107,6 +107,7 @@ def watching(config: Mapping[str, object], logger: str) -> Iterator[Watcher]:
     if not text.isdecimal():
         raise FedpeftError(f"metrics-port={text!r} must be a port of this machine, or 0 for none.")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(logs.scope())
         if path:
             stack.enter_context(logged(Path(path), "log"))
         watchers: list[Watcher] = [LogLines(logger)]

@@ -104,6 +104,22 @@ def test_what_is_spent_is_read_while_the_ledger_is_open(tmp_path: Path, epsilon:
     assert progress(tmp_path, recipe(epsilon)).privacy == found
 
 
+def test_a_deployments_ledger_lies_beside_its_run(tmp_path: Path) -> None:
+    with Ledger.open(tmp_path / "privacy.jsonl", Budget(math.inf, DELTA)) as ledger:
+        ledger.charge(1, {"a": Gaussian(1.0)})
+    found = progress(tmp_path / "run", recipe())
+    assert found.privacy is not None and found.privacy.epsilon > 0
+
+
+def test_a_round_without_a_result_and_the_last_note(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    add_round(log, 1, loss=math.nan, aborted="too few")
+    log.append("note", 1, {"text": "first"})
+    log.append("note", 1, {"text": "aborted: too few"})
+    found = progress(tmp_path, recipe())
+    assert (found.rounds, found.aborted, found.note) == (1, "too few", "aborted: too few")
+
+
 def test_a_ledger_that_was_changed_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "privacy.jsonl"
     with Ledger.open(path, Budget(math.inf, DELTA)) as ledger:
