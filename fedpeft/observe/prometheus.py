@@ -31,8 +31,6 @@ NAMED = 1000
 """Clients up to which exclusions are counted for each; beyond, ``client`` is empty."""
 
 ROUND_SECONDS = (1, 5, 15, 60, 300, 900, 3600, 14400)
-REQUEST_SECONDS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600)
-"""Upper bounds of the histograms' bins."""
 
 
 def check_port(port: int, setting: str) -> None:
@@ -157,33 +155,6 @@ class Metrics(Watcher):
 
     def finished(self, summary: Summary) -> None:
         self._ended.set(1)
-
-
-class SiteMetrics:
-    """What a site's own process has answered; for its operator, on the site's machine.
-
-    ledger: the site's privacy ledger and its recipe, where it keeps one.
-    """
-
-    def __init__(self, ledger: Path | None = None, recipe: Recipe | None = None) -> None:
-        self.registry = made = _Registry()
-        labels = ("kind", "outcome")
-        self._requests = made.counter("site_requests", "Requests by kind and outcome.", labels)
-        text = "Time to answer a request."
-        self._seconds = made.histogram("site_request_seconds", text, REQUEST_SECONDS, ("kind",))
-        self._last = made.gauge("site_last_request_timestamp_seconds", "When the last one came.")
-        if ledger is not None and recipe is not None:
-            made.gauge("site_epsilon_budget", "privacy.epsilon; +Inf without one.").set(
-                recipe.privacy.epsilon or math.inf
-            )
-            own = made.gauge("site_epsilon_spent", "Epsilon on the site's own ledger.")
-            own.set_function(_epsilon(lambda: ledger, recipe))
-
-    def answered(self, kind: str, is_refused: bool, seconds: float) -> None:
-        """A request was answered, with a reply or with an error. kind: query, train, evaluate."""
-        self._requests.labels(kind, "refused" if is_refused else "answered").inc()
-        self._seconds.labels(kind).observe(seconds)
-        self._last.set_to_current_time()
 
 
 def _epsilon(where: Callable[[], Path], recipe: Recipe) -> Callable[[], float]:

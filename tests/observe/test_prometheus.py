@@ -16,7 +16,7 @@ from fedpeft.config_load import dump_recipe, load_recipe
 from fedpeft.deploy.local import free_ports
 from fedpeft.errors import FedpeftError
 from fedpeft.observe import prometheus
-from fedpeft.observe.prometheus import HOST, Metrics, SiteMetrics, check_port
+from fedpeft.observe.prometheus import HOST, Metrics, check_port
 from fedpeft.observe.watchers import metrics
 from fedpeft.privacy.events import Gaussian
 from fedpeft.privacy.ledger import Budget, Ledger
@@ -108,25 +108,6 @@ def test_a_damaged_ledger_costs_its_own_figure_only(tmp_path: Path) -> None:
     (tmp_path / "run" / "privacy.jsonl").write_text("nothing of ours\n")
     found = samples(made.registry.text())
     assert math.isnan(found["epsilon_spent", ()]) and found["rounds_planned", ()] == 2
-
-
-def test_a_site_in_figures(tmp_path: Path) -> None:
-    recipe = dataclasses.replace(
-        load_recipe("quickstart"), privacy=Privacy(unit="record", epsilon=3.0, delta=1e-4)
-    )
-    path = tmp_path / "privacy.jsonl"
-    site = SiteMetrics(path, recipe)
-    site.answered("train", False, 2.0)
-    site.answered("train", True, 0.5)
-    with Ledger.open(path, Budget(3.0, 1e-4)) as ledger:
-        ledger.charge(1, {"a": Gaussian(5.0)})
-        wanted = ledger.epsilon("a")
-    found = samples(site.registry.text())
-    assert found["site_requests_total", (("kind", "train"), ("outcome", "answered"))] == 1
-    assert found["site_requests_total", (("kind", "train"), ("outcome", "refused"))] == 1
-    assert found["site_request_seconds_sum", (("kind", "train"),)] == 2.5
-    assert found["site_epsilon_spent", ()] == wanted and found["site_epsilon_budget", ()] == 3
-    assert found["site_last_request_timestamp_seconds", ()] > 0
 
 
 def test_a_scrape_is_answered_on_loopback_until_the_end() -> None:
