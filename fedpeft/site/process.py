@@ -38,7 +38,10 @@ def run(folder: Path, limits: Limits, say: Say) -> int:
     try:
         os.chdir(folder)
     except OSError as error:
-        raise FedpeftError(f"DIR={str(folder)!r} cannot be entered: {error.strerror}.") from error
+        raise FedpeftError(
+            f"DIR={str(folder)!r} cannot be entered ({error.strerror}): name a site's folder, "
+            f"sites/NAME of what `fedpeft deploy init` wrote."
+        ) from error
     config = read_config(Path())
     path = Path(str(config["socket"]))
     with listen(path, backlog=limits.queue) as listener:
