@@ -72,26 +72,61 @@ def clients_outcome(prepared: Prepared, federation: Federation, state: Any) -> C
     return summarise(prepared.population.task, _collect(federation.evaluate(rounds, *sent)))
 
 
-def test_score(prepared: Prepared, federation: Federation, state: Any) -> Score:
-    """The global adapter on the test set.
+def test_score(
+    prepared: Prepared, federation: Federation, state: Any, most: int | None = None
+) -> Score:
+    """The global adapter on the test set, or on ``most`` examples of it, drawn by the seed.
 
+    Of strategies that prune: the clients' own smaller models, each on its share of the examples.
     Without a global adapter: the mean over the clients' adapters on a sample of the test set
     (``evaluation.local_test`` examples); NaN on Flower, whose nodes do not have it.
     """
     population, strategy = prepared.population, prepared.strategy
+    if "pruned" in strategy.asks():
+        return _smaller(prepared, state, _sample(prepared, most or 0))
     if strategy.shares:
         adapter, base = strategy.adapter(state), strategy.base(state)
-        return score(prepared.network, prepared.lane, adapter, population.test, base)
+        at = (population.test, base, _sample(prepared, most or 0))
+        return score(prepared.network, prepared.lane, adapter, *at)
     if not isinstance(federation, CohortFederation | WorkersFederation):
         return NOTHING
-    rounds, limit = prepared.recipe.rounds.count, prepared.recipe.evaluation.local_test
-    index = np.arange(len(population.test), dtype=np.int64)
-    if 0 < limit < len(index):
-        stream = streams.numpy_stream(prepared.recipe.seed, "local test")
-        index = np.sort(stream.choice(len(index), size=limit, replace=False))
-    sent = addressed(strategy, state, rounds, _measured(prepared, federation))
-    found = _collect(federation.evaluate_test(rounds, index, *sent))
+    rounds, names = prepared.recipe.rounds.count, _measured(prepared, federation)
+    index = _sample(prepared, prepared.recipe.evaluation.local_test)
+    sent = addressed(strategy, state, rounds, names)
+    same = dict.fromkeys(names, index)
+    found = _collect(federation.evaluate_test(rounds, same, *sent))
     return mean_score(list(found.values()))
+
+
+def _sample(prepared: Prepared, most: int) -> np.ndarray:
+    """All examples of the test set, or ``most`` of them, ascending."""
+    index = np.arange(len(prepared.population.test), dtype=np.int64)
+    if not 0 < most < len(index):
+        return index
+    stream = streams.numpy_stream(prepared.recipe.seed, "local test")
+    return np.sort(stream.choice(len(index), size=most, replace=False))
+
+
+def _smaller(prepared: Prepared, state: Any, index: np.ndarray) -> Score:
+    """The examples dealt out to the clients by the seed, each answered by that client's model.
+
+    That is, of a client by chance and an example by chance, without every client's pass over all.
+    What the server would send is all that it takes, so it is computed here, whatever the engine.
+    macro_f1: NaN, as no one model has answered.
+    """
+    federation, rounds = prepared.federation(), prepared.recipe.rounds.count
+    names = _measured(prepared, federation)
+    order = streams.numpy_stream(prepared.recipe.seed, "dealt test").permutation(index)
+    dealt = {name: np.sort(order[k :: len(names)]) for k, name in enumerate(names)}
+    sent = addressed(prepared.strategy, state, rounds, names)
+    found = _collect(federation.evaluate_test(rounds, dealt, *sent))
+    known = [own for own in found.values() if own.items]
+    items = np.array([own.items for own in known])
+    loss, accuracy = (
+        float(np.average([getattr(own, name) for own in known], weights=items))
+        for name in ("loss", "accuracy")
+    )
+    return Score(int(items.sum()), loss, accuracy, math.nan)
 
 
 def _measured(prepared: Prepared, federation: Federation) -> tuple[str, ...]:

@@ -218,13 +218,15 @@ class Comms:
 class Evaluation:
     """When and how the adapter is measured.
 
-    every: rounds between evaluations on the global test set (the last round always counts).
+    every: rounds between evaluations on the global test set (the last round always counts). sample:
+    before the last round on at most so many of its examples, drawn by the seed (0: all).
     clients: also on the clients' own hold-outs, at the end. most: at most so many clients, drawn by
     the seed, for what is measured client by client; the baseline ``local`` trains no others (0:
     all). local_test: how many test examples each local-only adapter is measured on (0: all).
     """
 
     every: int = 1
+    sample: int = 0
     clients: bool = True
     most: int = 1000
     local_test: int = 500

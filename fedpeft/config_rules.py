@@ -83,6 +83,7 @@ RULES = {
     "fleet.max_staleness": _FROM_0,
     "fleet.target": _UNIT,
     "evaluation.every": _FROM_1,
+    "evaluation.sample": _FROM_0,
     "evaluation.most": _FROM_0,
     "evaluation.local_test": _FROM_0,
     "engine.chunk": _FROM_0,

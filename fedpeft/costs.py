@@ -26,8 +26,8 @@ class Costs:
     """The work of the run's clients, by the model's products and their own examples.
 
     A round is what the recipe's ``local`` says, on the lengths that the client's examples have.
-    Not known here: steps that a strategy chooses itself, and gradients that it asks for beside
-    training.
+    Not known here: steps that a strategy chooses itself, and what it asks for beside training and
+    does not say (``Strategy.efforts``).
     """
 
     def __init__(self, prepared: Prepared, fleet: Simulator) -> None:
@@ -54,6 +54,10 @@ class Costs:
         again = self._fit.checkpointing[clients]
         if again.any():
             flops = np.where(again, self._flops.checkpointed().of(*parts), flops)
+        flops = flops + optimizer_steps(sizes, local) * np.array([one.step for one in effort])
+        forward = np.minimum(np.array([one.forward for one in effort]), sizes)
+        once = (forward, forward * each[:, 0], forward * each[:, 1], pruned, adapter)
+        flops = flops + self._flops.forward(1).of(*once)
         batches = batches * np.ceil(local.batch_size / self._fit.batch[clients])
         return Work(flops, batches * self._moved * (1.0 - pruned), seen, batches)
 
@@ -83,6 +87,13 @@ def examples_seen(sizes: np.ndarray, local: Local) -> tuple[np.ndarray, np.ndarr
         seen = local.steps * np.minimum(many, step)
         return seen, local.steps * np.ceil(np.minimum(many, step) / local.batch_size)
     return local.epochs * many, local.epochs * np.ceil(many / local.batch_size)
+
+
+def optimizer_steps(sizes: np.ndarray, local: Local) -> np.ndarray:
+    """Of clients of these sizes in a round, float64 ``[K]``."""
+    if local.steps:
+        return np.full(len(sizes), float(local.steps))
+    return local.epochs * np.ceil(sizes / (local.batch_size * local.accumulate))
 
 
 def fitted(prepared: Prepared, fleet: Simulator) -> tuple[Fit, int]:

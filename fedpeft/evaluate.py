@@ -20,12 +20,20 @@ ROWS = 64
 
 
 def score(
-    network: Network, lane: Lane, adapter: Tree, examples: Examples, base: Tree | None = None
+    network: Network,
+    lane: Lane,
+    adapter: Tree,
+    examples: Examples,
+    base: Tree | None = None,
+    index: np.ndarray | None = None,
 ) -> Score:
-    """One complete adapter (unstacked) on all of ``examples``; base: as in ``Cohort.fit``."""
-    everything = np.arange(len(examples), dtype=np.int64)
+    """One complete adapter (unstacked) on ``examples``, or on those of ``index`` alone.
+
+    base: as in ``Cohort.fit``.
+    """
+    own = np.arange(len(examples), dtype=np.int64) if index is None else index
     with folded(network, base or {}):
-        return score_clients(network, lane, tree.broadcast(adapter, 1), [everything], examples)[0]
+        return score_clients(network, lane, tree.broadcast(adapter, 1), [own], examples)[0]
 
 
 def score_clients(

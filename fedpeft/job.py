@@ -24,7 +24,6 @@ from fedpeft.config import Recipe
 from fedpeft.config_load import dump_recipe, parse_recipe
 from fedpeft.engine import AbortedRoundError, RoundReport, Seam, play_round
 from fedpeft.errors import FedpeftError, QuorumError
-from fedpeft.evaluate import score
 from fedpeft.events import Outcome, Summary, Watcher
 from fedpeft.federation import Federation
 from fedpeft.forecast import BytesSpentError, Purse
@@ -204,8 +203,11 @@ class Job:
         names = self._drawn(number, sizes)
         self.watcher.round_began(number, len(names), self._tokens(names))
         state, report = self._played(federation, number, names)
-        due = number % recipe.evaluation.every == 0 or number == recipe.rounds.count
-        measured = self._test(state) if due and strategy.shares else None
+        last = number == recipe.rounds.count
+        due = last or number % recipe.evaluation.every == 0
+        most = None if last else recipe.evaluation.sample
+        wanted = due and strategy.shares
+        measured = test_score(self.prepared, federation, state, most) if wanted else None
         if self.timed is not None and measured is not None:
             self.timed.measured(measured)
         self.at = Checkpoint(number, state, federation.memory(), self._books(report))
@@ -266,12 +268,6 @@ class Job:
             | ({} if self.guard is None else {"privacy": self.guard.ledger.head})
             | ({} if self.timed is None else {"fleet": self.timed.memory()})
         )
-
-    def _test(self, state: Any) -> Score:
-        prepared = self.prepared
-        adapter = prepared.strategy.adapter(state)
-        base = prepared.strategy.base(state)
-        return score(prepared.network, prepared.lane, adapter, prepared.population.test, base)
 
     def _log(self, report: RoundReport, measured: Score | None) -> None:
         dropped = [{"client": name, "reason": "dropped out"} for name in report.dropped]

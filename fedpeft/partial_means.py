@@ -28,7 +28,8 @@ from fedpeft.message import Messages, gather
 from fedpeft.pruning.roll import Roll
 from fedpeft.pruning.structure import Part, kept, sides
 from fedpeft.pruning.wire import factors, put
-from fedpeft.ranks import widen
+from fedpeft.ranks import full_rank, widen
+from fedpeft.strategy import Effort
 from fedpeft.tree import Tree, mean, sort
 
 
@@ -142,8 +143,13 @@ WEIGHTS = ("norm_samples", "samples", "norm")
 """Rules of ``weigh``."""
 
 
-def check(weights: str) -> None:
-    """Raises FedpeftError for a rule that does not exist."""
+def check(weights: str, target: float, step: float, probe: int) -> None:
+    """Raises FedpeftError for a rule that does not exist, and for numbers outside their range."""
+    if not (0 <= target < 1 and 0 < step < 1 <= probe):
+        raise FedpeftError(
+            f"strategy.target={target}, step={step}, probe={probe}: they must lie in [0, 1), "
+            f"(0, 1), and from 1 up."
+        )
     if weights not in WEIGHTS:
         raise FedpeftError(
             f"strategy.weights={weights!r} does not exist. {suggest(weights, WEIGHTS)}"
@@ -222,6 +228,22 @@ def observed(got: Collected, roll: Roll, step: float, goal: float, seed: int) ->
     times = seconds(got.clients, seed, flops, 2 * got.sizes)
     importance = got.scalars["importance"]
     return Seen(got.clients, fall, progress, importance, 1 - got.gone, times, 1 - goal)
+
+
+def efforts(
+    clients: Sequence[str], roll: Roll, gone: Tensor, ranks: Tensor, like: Tree, probe: int
+) -> dict[str, Effort]:
+    """What a round costs clients of which ``gone`` ``[K]`` is gone, for the fleet's clock.
+
+    ranks: int64 ``[K]``. probe: examples whose loss they compute before training, and after. The
+    importances take 8 FLOPs by weight, rank and step. Of LoRA, rows and columns that are gone are
+    counted as if they were there.
+    """
+    found, full = {}, full_rank(like)
+    for client, left, rank in zip(clients, roll.work(gone).tolist(), ranks.tolist(), strict=True):
+        step = 8.0 * rank * left * roll.weights
+        found[client] = Effort(1 - left, rank / full, 2 * probe, step)
+    return found
 
 
 def merged(

@@ -107,12 +107,15 @@ class Problem:
 class Effort:
     """What a client's training costs, beside that of the whole model with the whole adapter.
 
-    pruned: share of the frozen base's weights that it does not run, at least 0 and below 1.
-    adapter: share of the adapter's weights that it trains, above 0 and at most 1.
+    pruned: share of the frozen base's products that it does not run, at least 0 and below 1.
+    adapter: share of the adapter's weights that it trains, above 0 and at most 1. forward: examples
+    whose loss it computes beside training. step: FLOPs of every optimizer step beside the model's.
     """
 
     pruned: float = 0.0
     adapter: float = 1.0
+    forward: int = 0
+    step: float = 0.0
 
 
 def group_by(clients: Sequence[str], key: Callable[[str], Key]) -> list[tuple[str, ...]]:

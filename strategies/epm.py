@@ -26,7 +26,7 @@ from fedpeft.coverage import Coverage, reduction, update_reduction
 from fedpeft.lowrank import lora_pairs
 from fedpeft.masks import Ask, Level
 from fedpeft.ranks import deal, widen
-from fedpeft.strategy import Cohort, Messages, Problem, Replies, Strategy, group_by
+from fedpeft.strategy import Cohort, Effort, Messages, Problem, Replies, Strategy, group_by
 from fedpeft.streams import derive
 from fedpeft.tree import Tree, broadcast, select, sort, zeros_like
 
@@ -119,6 +119,10 @@ class EPM(Strategy[State]):
 
     def figures(self, state: State) -> Mapping[str, float | Sequence[float]]:
         return state.figures
+
+    def efforts(self, state: State, clients: Sequence[str]) -> Mapping[str, Effort]:
+        own = zip(clients, self._ask(state, clients).budgets, strict=True)
+        return {c: Effort(adapter=b) for c, b in own if self.level == "ranks" and b <= 1}
 
     def personal(self, messages: Messages, cohort: Cohort) -> Tree:
         part = messages.trees["adapter"]

@@ -1,13 +1,12 @@
 """FedSpine: clients prune and tune in turns; a bandit per client says how much, and at which rank.
 
-Yao et al. (arXiv 2501.02438), of which the rules beyond the abstract are not public: bandit, reward
-and weights are a completion (``fedpeft.bandits``). Client k is ordered (p_k, r_k). It prunes
-P_k <- min(P*, 1 - (1 - P_k)(1 - p_k)) of the heads and channels of every block, the least important
-by LoRA's gradients, trains r_k rows of A and columns of B on what is left, and replies with them,
-its losses before and after, and what it has left. The server takes, entry by entry, the mean over
-the clients that have it, with w_k = n_k ||B_k A_k|| / sqrt(share left), or n_k, or the norm:
-``factor`` of A and of B; ``r2sp`` so that who lacks it votes for the old value; ``product`` of
-s B A, split by its SVD. Pruning begins with a client's second round, when it has importances.
+Yao et al. (arXiv 2501.02438); what is not public of it is completed (``fedpeft.bandits``). Client
+k is ordered (p_k, r_k): it prunes P_k <- min(P*, 1 - (1 - P_k)(1 - p_k)) of the heads and channels
+of every block, the least important by LoRA's gradients (from its second round on, when it has
+some), trains r_k rows of A and columns of B on what is left, and replies with them. The server
+takes, entry by entry, the mean over the clients that have it, with w_k = n_k ||B_k A_k|| /
+sqrt(share left), or n_k, or the norm: ``factor`` of A and B; ``r2sp``: who lacks it votes for the
+old value; ``product``: of s B A, split by SVD. Beside bandits: policies ``random`` and ``fixed``.
 """
 
 from __future__ import annotations
@@ -20,15 +19,14 @@ import torch
 from torch import Tensor
 
 from fedpeft import partial_means
-from fedpeft.bandits.agents import Bandits, Policy
-from fedpeft.errors import FedpeftError
+from fedpeft.bandits.agents import Bandits, Kind, Policy
 from fedpeft.lowrank import lora_pairs
 from fedpeft.pruning import schedule, wire
 from fedpeft.pruning.importance import Recorder
 from fedpeft.pruning.roll import Roll
 from fedpeft.pruning.structure import pack, unpack
 from fedpeft.ranks import chosen, lead, widen
-from fedpeft.strategy import Cohort, Message, Messages, Problem, Replies, Strategy, group_by
+from fedpeft.strategy import Cohort, Effort, Message, Messages, Problem, Replies, Strategy, group_by
 from fedpeft.tree import Tree, broadcast
 
 
@@ -54,7 +52,7 @@ class FedSpine(Strategy[State]):
     target: float = 0.5
     step: float = 0.1
     ranks: list[int] = field(default_factory=list)
-    policy: Literal["grid", "tree", "linear"] = "grid"
+    policy: Kind = "grid"
     aggregate: Literal["factor", "product", "r2sp"] = "factor"
     weights: str = "norm_samples"
     reward: str = "spine"
@@ -65,10 +63,7 @@ class FedSpine(Strategy[State]):
     codable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not (0 <= self.target < 1 and 0 < self.step < 1 <= self.probe):
-            own = f"strategy.target={self.target}, step={self.step}, probe={self.probe}"
-            raise FedpeftError(f"{own}: they must lie in [0, 1), (0, 1), and from 1 up.")
-        partial_means.check(self.weights)
+        partial_means.check(self.weights, self.target, self.step, self.probe)
         self._policy((1,))
 
     def _policy(self, ranks: tuple[int, ...]) -> Policy:
@@ -90,8 +85,7 @@ class FedSpine(Strategy[State]):
     def groups(self, state: State, clients: Sequence[str]) -> list[tuple[str, ...]]:
         steps, _, ranks = self._orders(state, clients)
         rows = torch.stack([ranks, steps > 0, state.roll.before(clients)], dim=1).tolist()
-        keys = dict(zip(clients, map(tuple, rows), strict=True))
-        return group_by(clients, keys.__getitem__)
+        return group_by(clients, dict(zip(clients, map(tuple, rows), strict=True)).__getitem__)
 
     def send(self, state: State, round: int, clients: Sequence[str]) -> Messages:
         steps, share, ranks = self._orders(state, clients)
@@ -117,26 +111,31 @@ class FedSpine(Strategy[State]):
             fit = cohort.fit(start, adjust=recorder.adjust, own=recorder.own, expand=expand)
             after = cohort.losses(fit.adapter, expand=expand, most=self.probe)
         cohort.remember("importance", recorder.average)
-        importance = torch.stack([v.sum(1) for v in recorder.average.values()]).sum(0)
         told = {"groups": {"bits": pack(parts, left)}} if messages.scalars["step"][0] > 0 else {}
         trees = {"adapter": wire.take(parts, fit.adapter, alive), **told}
-        known = {"loss": fit.loss, "before": before, "after": after, "importance": importance}
+        known = {"loss": fit.loss, "before": before, "after": after, "importance": recorder.total}
         return messages.reply(trees, weight=cohort.weights, **known)
 
     def receive(self, state: State, replies: Replies) -> State:
         came, how = list(replies), (self.aggregate, self.weights)
-        names = [client for reply in came for client in reply.clients]
-        _, share, ranks = self._orders(state, names)
+        _, share, ranks = self._orders(state, names := [n for one in came for n in one.clients])
         got = partial_means.collect(came, state.roll, state.adapter, share)
         adapter = partial_means.merged(got, state.adapter, ranks, state.scaling, how)
-        seed, roll = state.bandits.seed, state.roll.update(names, got.left, got.gone)
-        seen = partial_means.observed(got, state.roll, self.step, self.target, seed)
-        bandits = state.bandits.closed(self._policy(state.ranks), seen)
+        told = (got, state.roll, self.step, self.target, state.bandits.seed)
+        bandits = state.bandits.closed(self._policy(state.ranks), partial_means.observed(*told))
+        roll = state.roll.update(names, got.left, got.gone)
         return replace(state, adapter=adapter, roll=roll, bandits=bandits)
 
+    def efforts(self, state: State, clients: Sequence[str]) -> Mapping[str, Effort]:
+        _, share, ranks = self._orders(state, clients)
+        own = (state.roll, share, ranks, state.adapter)
+        return partial_means.efforts(clients, *own, self.probe)
+
     def told(self, state: State, times: Mapping[str, float]) -> State:
-        """The state with the times that the server has seen, in place of the cost model's."""
         return replace(state, bandits=state.bandits.timed(self._policy(state.ranks), times))
+
+    def figures(self, state: State) -> Mapping[str, float | Sequence[float]]:
+        return state.roll.figures()
 
     def adapter(self, state: State) -> Tree:
         return state.adapter

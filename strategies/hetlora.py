@@ -24,7 +24,7 @@ from fedpeft.bandits.arms import pick
 from fedpeft.errors import FedpeftError
 from fedpeft.lowrank import is_a, is_b, lora_pairs, squared_norms
 from fedpeft.ranks import assign, chosen, lead, padded, penalty_gradient, tail, tails, widen
-from fedpeft.strategy import Cohort, Messages, Problem, Replies, Strategy, gather, group_by
+from fedpeft.strategy import Cohort, Effort, Messages, Problem, Replies, Strategy, gather, group_by
 from fedpeft.tree import Tree, mean, numel, sort
 
 
@@ -134,11 +134,14 @@ class HetLoRA(Strategy[State]):
         return replace(state, ranks=state.ranks | dict(zip(names, ranks, strict=True)))
 
     def told(self, state: State, times: Mapping[str, float]) -> State:
-        """The state with the times that the server has seen, in place of the cost model's."""
         if not self.bandit:
             return state
         bandits = state.bandits.timed(self._policy(state), times)
         return self._next(replace(state, bandits=bandits))
+
+    def efforts(self, state: State, clients: Sequence[str]) -> Mapping[str, Effort]:
+        full = max(len(value) for name, value in state.adapter.items() if is_a(name))
+        return {client: Effort(adapter=state.ranks[client] / full) for client in clients}
 
     def adapter(self, state: State) -> Tree:
         return state.adapter

@@ -5,12 +5,9 @@ federate it. For ``estimate`` rounds everything is trained, and clients' scores 
 I <- sum_k p_k I_k, over the second half of them. Then the server removes the lowest: of each
 block's heads and channels, by importance; of LoRA's modules, by ||s B A|| / ||W||; of the ranks
 that are left, by I_j = |mean A_j dA_j| + |mean B_j dB_j|; exactly the floor of each share, ties by
-index. The rest is FedAvg on what is left, and only that travels.
-
-The paper learns a scalar mask per head and channel under an L1 penalty, and compares the outputs
-of a module; here groups go by LoRA's gradients (``fedpeft.pruning.importance``) and modules by
-their weights, which needs nothing beyond training. ``estimate: 0`` prunes the model by its weights
-before the first round, and no module or rank: the baseline that prunes first and tunes then.
+index. The rest is FedAvg on what is left, and only that travels. The paper learns masks under an L1
+penalty, and compares modules' outputs; here groups go by LoRA's gradients, modules by weights.
+``estimate: 0`` prunes by weights before the first round, and no module or rank: the baseline.
 """
 
 from __future__ import annotations
@@ -27,18 +24,19 @@ from fedpeft.pruning import schedule
 from fedpeft.pruning.importance import RankMeter, Recorder, magnitude
 from fedpeft.pruning.structure import Part
 from fedpeft.pruning.wire import Common, Plain, parts_of, plain
-from fedpeft.strategy import Cohort, Message, Messages, Problem, Replies, Strategy
+from fedpeft.strategy import Cohort, Effort, Message, Messages, Problem, Replies, Strategy
 from fedpeft.tree import Tree, add, broadcast, mean, row, sort, zeros_like
 
 
 @dataclass(frozen=True)
 class State:
-    """The adapter; s and ||W|| by layer; the model's parts, what is there; scores; rounds."""
+    """The adapter; s, ||W|| by layer; the model's parts, weights; what is there; scores; rounds."""
 
     adapter: Tree
     scaling: dict[str, float]
     norms: dict[str, float]
     parts: list[Plain]
+    weights: int
     common: Common
     scores: Tree
     round: int = 0
@@ -63,10 +61,8 @@ class LightPEFT(Strategy[State]):
     def __post_init__(self) -> None:
         shares = (self.heads, self.channels, self.modules, self.ranks)
         if self.estimate < 0 or not all(0 <= share < 1 for share in shares):
-            raise FedpeftError(
-                f"strategy.estimate={self.estimate}, heads, channels, modules, ranks={shares}: "
-                f"rounds must be from 0 up, shares in [0, 1)."
-            )
+            own = f"strategy.estimate={self.estimate}, heads, channels, modules, ranks={shares}"
+            raise FedpeftError(f"{own}: rounds must be from 0 up, shares in [0, 1).")
 
     def asks(self) -> frozenset[str]:
         return frozenset({"pruned"})
@@ -80,7 +76,8 @@ class LightPEFT(Strategy[State]):
             alive = self._left(own.parts, {p.name: magnitude(own, p)[0].cpu() for p in own.parts})
         common = Common(alive, {n: v.bool() for n, v in ranks.items()})
         norms = {layer: float(problem.weight(layer).norm()) for layer in scaling}
-        return State(problem.initial, scaling, norms, plain(own.parts), common, scores)
+        known = (problem.initial, scaling, norms, plain(own.parts), own.weights)
+        return State(*known, common, scores)
 
     def send(self, state: State, round: int, clients: Sequence[str]) -> Messages:
         parts, own = parts_of(state.parts), state.common
@@ -100,8 +97,8 @@ class LightPEFT(Strategy[State]):
         none = {name: torch.zeros(there.shape) for name, there in alive.items()}
         meter = RankMeter(Recorder(structure, none), ranks_of(like, "light_peft"))
         estimating = "scores" in messages.trees
-        adjust = meter.adjust if estimating else None
         with cohort.pruned(alive):
+            adjust = meter.adjust if estimating else None
             fit = cohort.fit(start, fixed=fixed, adjust=adjust, own=meter.own)
         trees = {"adapter": common.take(structure.parts, fit.adapter, like)}
         trees |= {"scores": meter.average} if estimating else {}
@@ -117,8 +114,11 @@ class LightPEFT(Strategy[State]):
         if number == self.estimate:
             common = Common(self._left(parts, scores), self._ranks(state, adapter, scores))
             adapter = common.alone(parts, adapter)
-        whole = sort(adapter)
-        return replace(state, adapter=whole, common=common, scores=scores, round=number)
+        return replace(state, adapter=sort(adapter), common=common, scores=scores, round=number)
+
+    def efforts(self, state: State, clients: Sequence[str]) -> Mapping[str, Effort]:
+        own = state.common.shares(parts_of(state.parts), state.weights, state.adapter)
+        return dict.fromkeys(clients, Effort(*own))
 
     def _left(self, parts: Sequence[Part], scores: Tree) -> Tree:
         shares = {"heads": self.heads, "channels": self.channels}
@@ -146,5 +146,5 @@ class LightPEFT(Strategy[State]):
         return {name: own.expand(clients, -1) for name, own in alive.items()}
 
     def _common(self, messages: Messages, cohort: Cohort) -> Common:
-        bits = {name: own.cpu() for name, own in row(messages.trees["structure"], 0).items()}
+        bits = {n: own.cpu() for n, own in row(messages.trees["structure"], 0).items()}
         return Common.of(cohort.structure().parts, bits, cohort.initial)

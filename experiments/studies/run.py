@@ -36,6 +36,8 @@ def play(study: str, cell: str, changes: list[str], seed: int) -> dict[str, Any]
         own = [f"seed={seed}", f"output.folder={folder}/run"]
         recipe = load_recipe(str(HERE / study / "recipe.yaml"), [*common, *changes, *own])
         summary = run(recipe, Watcher())
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+        clock = virtual([json.loads(line) for line in lines])
     name = str(recipe.strategy["name"])
     rows = {("own" if row.name == name else row.name): row for row in summary.rows}
     return {
@@ -48,6 +50,25 @@ def play(study: str, cell: str, changes: list[str], seed: int) -> dict[str, Any]
         "bytes_down": rows["own"].down,
         "bytes_up": rows["own"].up,
         "seconds": round(summary.seconds, 1),
+        **({"fleet": clock} if clock["rounds"] else {}),
+    }
+
+
+def virtual(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the fleet's clock said, round by round, and [seconds, test accuracy] when measured."""
+    rounds = [line for line in lines if line["kind"] == "fleet"]
+    at = {line["round"]: line["time"] for line in rounds}
+    scores = [
+        (line["round"], line["score"]["accuracy"])
+        for line in lines
+        if line["kind"] == "evaluation" and line["scope"] == "test"
+    ]
+    trained = [line for line in lines if line["kind"] == "round"]
+    return {
+        "rounds": [round(line["seconds"], 2) for line in rounds],
+        "idle": [round(line["idle"], 4) for line in rounds],
+        "curve": [[round(at[n], 2), round(own, 5)] for n, own in scores if n in at],
+        "figures": [line["figures"] for line in trained if "figures" in line][-1:],
     }
 
 

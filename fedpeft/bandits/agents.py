@@ -25,6 +25,10 @@ LEVELS = (0.0, 1 / 3, 2 / 3, 1.0)
 """The pruning steps of a grid, as shares of the largest."""
 
 
+Kind = Literal["grid", "tree", "linear", "random", "fixed"]
+"""How a policy chooses; the last two learn nothing, to compare with."""
+
+
 @dataclass(frozen=True)
 class Agents:
     """tables: client -> its arms (``arms``), or its fit (``linear``). orders: client -> its arm."""
@@ -66,12 +70,13 @@ def seen_of_ranks(falls: Mapping[str, float], numbers: Tensor, seed: int) -> See
 class Policy:
     """How arms are chosen.
 
-    kind: S-UCB on a ``grid`` of arms or a ``tree`` of cells, or the ``linear`` model of times.
+    kind: S-UCB on a ``grid`` of arms or a ``tree`` of cells, the ``linear`` model of times, any arm
+    of the grid at ``random``, or always the ``fixed`` one: u = 1 and the middle rank.
     ranks: what v chooses among. levels: the grid's u. step: share that u = 1 prunes of what is
     left. reward: ``spine`` or ``fedmp``; the linear policy has its own.
     """
 
-    kind: Literal["grid", "tree", "linear"]
+    kind: Kind
     ranks: tuple[int, ...]
     levels: tuple[float, ...] = LEVELS
     step: float = 0.1
@@ -87,6 +92,8 @@ class Policy:
 
     def start(self) -> Tensor:
         """The arms before anything was learned."""
+        if self.kind == "fixed":
+            return grid((1.0,), 1)
         return tree() if self.kind == "tree" else grid(self.levels, len(self.ranks))
 
     def order(self, agents: Agents, client: str) -> Arm:
@@ -124,7 +131,8 @@ class Policy:
                 table = tables.get(client, self.start())
                 tables[client] = learn(table, self.rule, arm, rewards[k])
                 draw = numpy_stream(draws[0], "bandit", client, draws[1])
-                choice = choose(tables[client], self.rule, draw, still)
+                known = self.start() if self.kind == "random" else tables[client]
+                choice = choose(known, self.rule, draw, still)
             orders[client] = (choice.cell, choice.u, choice.v)
         return Agents(tables, orders)
 

@@ -125,13 +125,14 @@ class CohortFederation:
             yield from messages.split(self._chunk)
 
     def evaluate_test(
-        self, round: int, index: np.ndarray, *stacks: Messages
+        self, round: int, index: Mapping[str, np.ndarray], *stacks: Messages
     ) -> Iterator[dict[str, Score] | Failure]:
-        """As ``evaluate``, but every client's adapter on examples ``index`` of the test set."""
+        """As ``evaluate``, but on examples of the test set: ``index`` has each client's."""
         test = self._population.test
 
         def work(messages: Messages, cohort: TorchCohort) -> dict[str, Score]:
-            return self._score_on(messages, cohort, [index] * len(messages), test)
+            own = [index[name] for name in cohort.clients]
+            return self._score_on(messages, cohort, own, test)
 
         for chunk in self._chunks(stacks):
             yield from self._isolated(round, chunk, work)

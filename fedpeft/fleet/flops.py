@@ -119,6 +119,11 @@ def flops_of(model: nn.Module) -> Flops:
     return Flops(base, adapter, pairs, head, (forward, pairs_forward))
 
 
+def token_weights(model: nn.Module) -> int:
+    """Weights of all frozen products that every token goes through: no embeddings, no task head."""
+    return sum(one.weights for one in _products(model) if not _EXAMPLE.search(one.name))
+
+
 def _others(model: nn.Module) -> int:
     """Trained numbers that are no product's: not embeddings, which are looked up, and no norms."""
     known = {id(p) for _, m in _linear(model) for p in m.parameters(recurse=False)}

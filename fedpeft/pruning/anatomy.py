@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedpeft.errors import FedpeftError
+from fedpeft.fleet.flops import token_weights
 from fedpeft.pruning.structure import Member, Part, Structure
 
 Reader = Callable[[nn.Module, str], tuple[Part, Part]]
@@ -36,9 +37,7 @@ def structure_of(model: nn.Module, scaling: Mapping[str, float]) -> Structure:
             f"{getattr(config, 'model_type', type(model).__name__)} has none of them: choose "
             f"another model, or a strategy that does not prune."
         )
-    added = (".lora_", ".modules_to_save.")
-    base = [p for n, p in model.named_parameters() if not any(x in n for x in added)]
-    weights = sum(p.numel() for p in base)
+    weights = token_weights(model)
     return Structure(tuple(parts), scaling, lambda layer: weight_of(model, layer), weights)
 
 

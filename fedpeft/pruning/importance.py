@@ -20,13 +20,13 @@ from fedpeft.tree import Tree
 KEPT = 0.9
 """What the average keeps at every step."""
 
-ROWS = 1024
+ROWS = 512
 """Rows of a layer, of all clients together, whose estimated gradients are there at a time."""
 
 
 def estimate(a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor) -> Tensor:
     """``dB A + B dA - dB dA``, ``[..., o, i]``, of ``[..., r, i]`` and ``[..., o, r]``."""
-    return of_b @ a + (b - of_b) @ of_a
+    return torch.cat([of_b, b - of_b], dim=-1) @ torch.cat([a, of_a], dim=-2)
 
 
 def saliency(
@@ -39,8 +39,8 @@ def saliency(
     (a, b), (of_a, of_b) = factors, gradients
     rows, columns = [], torch.zeros(len(a), a.shape[2], dtype=a.dtype, device=a.device)
     for part in torch.arange(len(weight), device=a.device).split(max(1, ROWS // len(a))):
-        merged = weight[part].to(a.dtype) + scaling * b[:, part] @ a
-        own = (estimate(a, b[:, part], of_a, of_b[:, part]) * merged).abs()
+        own = estimate(a, b[:, part], of_a, of_b[:, part])
+        own.mul_(torch.baddbmm(weight[part].to(a.dtype), b[:, part], a, alpha=scaling)).abs_()
         rows.append(own.sum(2))
         columns += own.sum(1)
     return torch.cat(rows, dim=1), columns
@@ -95,6 +95,11 @@ class Recorder:
         clients = len(next(iter(start.values()), torch.zeros(0)))
         self.own = {"client": {"number": torch.arange(clients)[:, None]}}
         self._structure = structure
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of each client's averages, ``[K]``."""
+        return torch.stack([own.sum(1) for own in self.average.values()]).sum(0)
 
     def adjust(self, gradient: Tree, adapter: Tree, own: Mapping[str, Tree]) -> Tree:
         """Looks at a step's gradient, and gives it back as it is."""

@@ -18,8 +18,9 @@ from fedpeft.tree import Tree
 class Roll:
     """Who lacks what; who is not named has everything.
 
-    parts: of the model. weights: of the frozen model in all. gone: client -> the share of every
-    part's groups that was ordered to go so far. bits: client -> its groups, as ``pack`` has them.
+    parts: of the model. weights: of all its products (``Structure``). gone: client -> the share of
+    every part's groups that was ordered to go so far. bits: client -> its groups, as ``pack`` has
+    them.
     """
 
     parts: list[Plain]
@@ -77,7 +78,15 @@ class Roll:
         bits = self.bits | {c: rows[c] for c in pruned}
         return Roll(self.parts, self.weights, self.gone | pruned, bits)
 
+    def figures(self) -> dict[str, float]:
+        """Of the clients that have begun to prune: how many, and the mean and least share gone."""
+        gone = list(self.gone.values())
+        if not gone:
+            return {"pruning": 0.0}
+        mean = sum(gone) / len(gone)
+        return {"pruning": float(len(gone)), "gone_mean": mean, "gone_least": min(gone)}
+
     def work(self, gone: Tensor) -> Tensor:
-        """The share of the frozen model's weights that a client runs, ``[K]``."""
+        """The share of the products' weights that a client runs, ``[K]``."""
         prunable = sum(p.groups * p.weights for p in self.known) / self.weights
         return 1 - prunable * gone

@@ -61,7 +61,8 @@ class Structure:
     """The parts of a model, with what importances are computed from.
 
     scaling: LoRA layer -> s. weight: layer -> its frozen weight ``[d_out, d_in]``, not to be
-    written. weights: of the frozen model in all.
+    written. weights: of all products of the frozen model; embeddings, which are looked up, and
+    heads are none.
     """
 
     parts: tuple[Part, ...]
@@ -81,7 +82,7 @@ class Structure:
 
     @property
     def prunable(self) -> float:
-        """The share of the frozen model's weights that groups have."""
+        """The share of the products' weights that groups have."""
         return sum(p.groups * p.weights for p in self.parts) / self.weights
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedpeft.lowrank import ranks_of
+from fedpeft.lowrank import is_a, is_b, ranks_of
 from fedpeft.pruning.structure import Member, Part, kept, pack, sides, unpack
-from fedpeft.tree import Tree
+from fedpeft.tree import Tree, numel
 
 Plain = tuple[str, str, int, tuple[tuple[str, str, int, int], ...], int]
 """A part as a strategy's state can hold it; the last member stands in for the gate."""
@@ -110,6 +110,16 @@ class Common:
         names = sorted(sizes)
         flags = bits["ranks"].bool().split([sizes[name] for name in names])
         return Common(alive, dict(zip(names, flags, strict=True)))
+
+    def shares(self, parts: Sequence[Part], weights: int, like: Tree) -> tuple[float, float]:
+        """What is gone of the frozen model's products, and what is there of LoRA's numbers.
+
+        weights: of all products. like: the whole adapter.
+        """
+        gone = sum(int((~self.alive[p.name]).sum()) * p.weights for p in parts)
+        trained = {n: v for n, v in self.take(parts, like, like).items() if is_a(n) or is_b(n)}
+        every = {n: v for n, v in like.items() if is_a(n) or is_b(n)}
+        return gone / weights, numel(trained) / numel(every)
 
     def places(self, parts: Sequence[Part], like: Tree) -> dict[str, tuple[Tensor, Tensor]]:
         """The rows and columns that are there, of every factor of a layer with an adapter."""

@@ -27,7 +27,7 @@ from fedpeft.workers.worker import Averaged, Item, Kind, Task
 Shard = tuple[tuple[str, ...], list[Item]]
 """A shard's clients and what came of them."""
 
-_NOTHING = np.empty(0, dtype=np.int64)
+_NOTHING: Mapping[str, np.ndarray] = {}
 
 
 class WorkersFederation:
@@ -73,9 +73,9 @@ class WorkersFederation:
         yield from self._scores(self._play("holdout", round, stacks))
 
     def evaluate_test(
-        self, round: int, index: np.ndarray, *stacks: Messages
+        self, round: int, index: Mapping[str, np.ndarray], *stacks: Messages
     ) -> Iterator[dict[str, Score] | Failure]:
-        """As ``evaluate``, but every client's adapter on examples ``index`` of the test set."""
+        """As ``evaluate``, but on examples of the test set: ``index`` has each client's."""
         yield from self._scores(self._play("test", round, stacks, index))
 
     def memory(self) -> Memory:
@@ -92,14 +92,18 @@ class WorkersFederation:
             yield from (item for item in items if isinstance(item, dict | Failure))
 
     def _play(
-        self, kind: Kind, round: int, stacks: Sequence[Messages], index: np.ndarray = _NOTHING
+        self,
+        kind: Kind,
+        round: int,
+        stacks: Sequence[Messages],
+        index: Mapping[str, np.ndarray] = _NOTHING,
     ) -> Iterator[Shard]:
         """The shards' clients and what came of them, stack by stack in the order of the shards."""
         for messages in stacks:
             yield from self._play_one(kind, round, messages, index)
 
     def _play_one(
-        self, kind: Kind, round: int, messages: Messages, index: np.ndarray
+        self, kind: Kind, round: int, messages: Messages, index: Mapping[str, np.ndarray]
     ) -> Iterator[Shard]:
         names = messages.clients
         shards = divide(names, [self._own.tokens(name) for name in names], self._pool.size)
@@ -110,7 +114,8 @@ class WorkersFederation:
             kept = {n: self._memory[n] for n in part.clients if n in self._memory}
             memory = pack_memory(kept) if self._keeps else {}
             name = f"shard {number}"
-            tasks.append(Task(kind, name, round, pack_messages(part), memory, index))
+            tested = {n: index[n] for n in part.clients if n in index}
+            tasks.append(Task(kind, name, round, pack_messages(part), memory, tested))
         for task, done in zip(tasks, play(self._pool, common, tasks), strict=True):
             clients = task.own.clients
             if isinstance(done, WorkerLost):

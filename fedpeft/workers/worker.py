@@ -56,7 +56,8 @@ Kind = Literal["train", "holdout", "test"]
 class Task:
     """One shard's work in a round.
 
-    kind: what is done; ``test`` scores on examples ``index`` of the test set. name: the shard's.
+    kind: what is done; ``test`` scores on the test set, on each client's ``index`` of it. name:
+    the shard's.
     own: the clients' messages, less what all have in common. memory: what the clients keep, of
     strategies that remember or keep.
     """
@@ -66,7 +67,7 @@ class Task:
     round: int
     own: Parcel
     memory: Kept
-    index: np.ndarray
+    index: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)

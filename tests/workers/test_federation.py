@@ -236,7 +236,7 @@ def test_scores_are_those_of_one_process(files: Path) -> None:
     state, _ = play(prepared, alone)
     federation.restore(alone.memory())
     sent = prepared.strategy.send(state, 3, tuple(federation.clients()))
-    index = np.arange(5, dtype=np.int64)
+    index = dict.fromkeys(federation.clients(), np.arange(5, dtype=np.int64))
     for found, wanted in (
         (federation.evaluate(3, sent), alone.evaluate(3, sent)),
         (federation.evaluate_test(3, index, sent), alone.evaluate_test(3, index, sent)),
