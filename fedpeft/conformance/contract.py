@@ -346,6 +346,33 @@ def another_adapter_works_or_is_refused_by_name(strategy: Strategy[Any]) -> str:
     return "works"
 
 
+def a_fleets_clock_can_be_told_and_tells(strategy: Strategy[Any]) -> str:
+    """``efforts`` are of the clients asked, and possible; ``told`` gives a state that goes on.
+
+    Neither writes into the state, and neither depends on the order of clients.
+    """
+    toy, found = toy_for(strategy), 0
+    for number, state in enumerate(play(strategy, toy, present=some).states, 1):
+        before, asked = state_bits(state), toy.clients[: 1 + number % len(toy.clients)]
+        efforts = strategy.efforts(state, asked)
+        require(set(efforts) <= set(asked), f"efforts of clients that were not asked, of {asked}")
+        back = strategy.efforts(state, asked[::-1])
+        require(dict(back) == dict(efforts), "efforts depend on the order of clients")
+        for client, own in efforts.items():
+            fine = 0 <= own.pruned < 1 and 0 < own.adapter <= 1 and own.forward >= 0
+            require(fine and 0 <= own.step < float("inf"), f"{client}: {own} is not possible")
+        times = {client: 1.0 + k for k, client in enumerate(asked)}
+        one, two = strategy.told(state, times), strategy.told(state, dict([*times.items()][::-1]))
+        require(state_bits(state) == before, "efforts or told changed the state")
+        require(state_bits(one) == state_bits(two), "told depends on the order of clients")
+        tree.check_same(strategy.adapter(state), strategy.adapter(one))
+        sent_to(strategy, one, number, toy.clients)
+        found += bool(efforts) + (state_bits(one) != before)
+    if not found:
+        raise NotApplicable("every client trains everything, and times do not matter")
+    return "efforts and times"
+
+
 PROPERTIES = (
     states_are_frozen_data,
     the_adapter_names_every_trainable_tensor,
@@ -359,5 +386,6 @@ PROPERTIES = (
     draws_depend_on_seed_and_layer,
     declared_bytes_are_the_serialised_bytes,
     another_adapter_works_or_is_refused_by_name,
+    a_fleets_clock_can_be_told_and_tells,
 )
 """The properties of this file."""

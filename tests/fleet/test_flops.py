@@ -19,7 +19,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from fedpeft.fleet.flops import flops_of
+from fedpeft.fleet.flops import flops_of, token_weights
 
 pytestmark = pytest.mark.filterwarnings(  # peft 0.21
     "ignore:.*is_gradient_checkpointing:FutureWarning"
@@ -86,6 +86,13 @@ def ours(model: nn.Module) -> float:
 def test_flops_are_torch_s_to_two_percent(make: Any, task: str, targets: Any) -> None:
     model = lora(make(), task, targets).train()
     assert ours(model) == pytest.approx(counted(model, task == "CAUSAL_LM"), rel=0.02)
+
+
+def test_what_pruning_counts_as_the_models_products_is_what_tokens_go_through() -> None:
+    for make, task in ((bert, "SEQ_CLS"), (llama, "CAUSAL_LM")):
+        model = lora(make(), task, "all-linear")
+        found = flops_of(model)
+        assert found.again[0] == 2 * token_weights(model)
 
 
 def test_of_full_fine_tuning_too() -> None:

@@ -22,6 +22,7 @@ from fedpeft.message import Messages
 from fedpeft.prepare import prepare
 from fedpeft.record.checkpoint import latest
 from fedpeft.run import resume, run
+from fedpeft.strategies import fedspine
 from fedpeft.strategy import build
 from tests.fleet import frugal
 from tests.tiny import Tiny, tiny_recipe, write_tiny
@@ -260,6 +261,23 @@ def test_strategies_are_asked_for_efforts_and_told_times(files: Path, tmp_path: 
         assert line["times"]["c1"] == other["times"]["c1"]
     checkpoint, _ = latest(tmp_path / "told" / "checkpoints", frugal.State)
     assert checkpoint.state.times == [line["times"] for line in rounds]
+
+
+def test_pruning_clients_are_sooner_done_and_say_what_is_gone(files: Path, tmp_path: Path) -> None:
+    """FedSpine hears the fleet's times, and its efforts shorten them; links hardly count here."""
+    fleet, times = Fleet("rpi4", network="lan"), []
+    for target in (0.0, 0.6):
+        spine = {"name": "fedspine", "policy": "fixed", "ranks": [2], "step": 0.6, "probe": 1}
+        whole = recipe(files, tmp_path / str(target), fleet, **spine, target=target)
+        lora = {"kind": "lora", "r": 2, "target_modules": ["query", "key", "value", "dense"]}
+        _, rounds, trained = played(dataclasses.replace(whole, adapter=lora))
+        times.append([line["times"] for line in rounds])
+        assert trained[-1]["figures"]["pruning"] == (CLIENTS if target else 0)
+    checkpoint, _ = latest(tmp_path / "0.6" / "checkpoints", fedspine.State)
+    assert checkpoint.state.roll.gone == dict.fromkeys(times[0][0], 0.6)
+    for plain, pruned in zip(*times, strict=True):
+        sooner = [pruned[name] < plain[name] for name in plain]
+        assert all(sooner) == (pruned is not times[1][0])
 
 
 def test_under_privacy_who_was_drawn_and_is_away_is_not_sent_anything(

@@ -16,7 +16,16 @@ from fedpeft import tree
 from fedpeft.strategies.fedavg import FedAvg
 from fedpeft.strategies.fedavg import State as Adapter
 from fedpeft.strategies.ffa_lora import FfaLora
-from fedpeft.strategy import Cohort, Message, Messages, Problem, Replies, Strategy, weighted_mean
+from fedpeft.strategy import (
+    Cohort,
+    Effort,
+    Message,
+    Messages,
+    Problem,
+    Replies,
+    Strategy,
+    weighted_mean,
+)
 from fedpeft.tree import Tree
 
 A, B, HEAD = ".lora_A.", ".lora_B.", ".modules_to_save."
@@ -110,6 +119,26 @@ class Mean(FedAvg):
         if self.bug == "a tensor is missing":
             return tree.select(state.adapter, lambda name: "bias" not in name)
         return state.adapter
+
+
+@dataclass(frozen=True)
+class Slow(FedAvg):
+    """FedAvg whose clients' efforts, or times, are told wrongly."""
+
+    bug: str = ""
+
+    def efforts(self, state: Adapter, clients: Sequence[str]) -> Mapping[str, Effort]:
+        share = 1.0 if self.bug == "everything pruned" else 0.5
+        if self.bug == "all that there are":
+            clients = [*clients, "another"]
+        if self.bug == "by place":
+            return {c: Effort(adapter=1 / (1 + k)) for k, c in enumerate(clients)}
+        return dict.fromkeys(clients, Effort(pruned=share))
+
+    def told(self, state: Adapter, times: Mapping[str, float]) -> Adapter:
+        if self.bug == "writes into the state":
+            next(iter(state.adapter.values())).add_(1.0)
+        return state
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def strategy(request: pytest.FixtureRequest) -> Strategy[Any]:
 def test_the_kit_meets_every_file_and_has_its_properties() -> None:
     assert [path.stem for path in FILES] == sorted(available())
     assert len(FILES) >= 5 and len(CASES) >= len(FILES) + 2
-    assert len(PROPERTIES) == 34 and len(deep.PROPERTIES) == 2
+    assert len(PROPERTIES) == 35 and len(deep.PROPERTIES) == 2
     assert len({name_of(one) for one in ALL}) == len(ALL)
 
 

@@ -251,7 +251,39 @@ def test_a_client_that_does_not_tell_its_losses_gains_nothing() -> None:
     assert rewards[0] == 0.0 and min(rewards[1:]) > 0.0
 
 
-@pytest.mark.parametrize("policy", ["grid", "tree", "linear"])
+def test_efforts_are_what_is_gone_after_this_round_and_the_rank() -> None:
+    toy, strategy = make(), FedSpine(probe=5, **FAST)
+    for state in play(strategy, toy, 5).states:
+        _, share, ranks = strategy._orders(state, toy.clients)
+        efforts = strategy.efforts(state, toy.clients)
+        assert list(efforts) == list(toy.clients)
+        parts, weights = state.roll.known, state.roll.weights
+        prunable = sum(p.groups * p.weights for p in parts) / weights
+        for own, gone, rank in zip(efforts.values(), share.tolist(), ranks.tolist(), strict=True):
+            assert own.pruned == pytest.approx(prunable * gone)
+            assert own.adapter == rank / 3 and own.forward == 10
+            assert own.step == pytest.approx(8 * rank * weights * (1 - prunable * gone))
+    assert max(own.pruned for own in efforts.values()) > 0.5 * prunable
+
+
+def test_without_a_bandit_arms_are_the_same_or_by_chance() -> None:
+    """Whatever was rewarded: all prune p at the middle rank, or anything."""
+    toy, fixed = make(), FedSpine(policy="fixed", ranks=[1, 2, 3], step=0.2, target=0.5)
+    seen = []
+    for state in play(fixed, toy, 5).states[1:]:
+        steps, _, ranks = fixed._orders(state, toy.clients)
+        assert set(ranks.tolist()) == {2}
+        seen.append(set(steps.tolist()))
+    assert seen == [{0.2}, {0.2}, {0.2}, {0.2}, {0.0}]  # the fourth from 0.488 to a half
+    chance = FedSpine(policy="random", ranks=[1, 2, 3], **FAST)
+    arms = set()
+    for state in play(chance, make(), 8).states[1:]:
+        steps, _, ranks = chance._orders(state, toy.clients)
+        arms |= set(zip(steps.tolist(), ranks.tolist(), strict=True))
+    assert {rank for _, rank in arms} == {1, 2, 3} and len(arms) >= 8
+
+
+@pytest.mark.parametrize("policy", ["grid", "tree", "linear", "random", "fixed"])
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda one: one.__name__)
 def test_the_kit_holds_where_clients_do_prune(check: Any, policy: str) -> None:
     strategy = FedSpine(policy=policy, step=0.9, target=0.6)  # type: ignore[arg-type]

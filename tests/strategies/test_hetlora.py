@@ -195,6 +195,15 @@ RANKS_CHANGE = (
 trained: what it uses is neither that nor the whole."""
 
 
+def test_efforts_are_the_clients_shares_of_the_ranks() -> None:
+    toy, strategy = make(), HetLoRA(ranks=[1, 3])
+    state = strategy.init(toy.problem())
+    efforts = strategy.efforts(state, toy.clients[:2])
+    assert {c: own.adapter for c, own in efforts.items()} == {
+        c: state.ranks[c] / 3 for c in toy.clients[:2]
+    }
+
+
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda one: one.__name__)
 def test_the_kit_holds_with_a_bandit(check: Property) -> None:
     verdict = examine(HetLoRA([1, 2, 3], bandit=True), check)

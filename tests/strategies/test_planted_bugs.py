@@ -22,6 +22,7 @@ from tests.strategies.planted_servers import (
     History,
     Mean,
     Momentum,
+    Slow,
     Svd,
 )
 from tests.strategies.planted_walkers import HidesWalking, Steps
@@ -93,6 +94,10 @@ BUGS: list[tuple[Strategy[Any], Property]] = [
     (Claim("times the largest weight"), rule.linear_as_declared),
     (Claim("only client 0"), rule.linear_as_declared),
     (ClaimsExact(), rule.exact_as_declared),
+    (Slow("everything pruned"), contract.a_fleets_clock_can_be_told_and_tells),
+    (Slow("all that there are"), contract.a_fleets_clock_can_be_told_and_tells),
+    (Slow("by place"), contract.a_fleets_clock_can_be_told_and_tells),
+    (Slow("writes into the state"), contract.a_fleets_clock_can_be_told_and_tells),
     (HidesExact(), rule.exact_as_declared),
     (Clients("replies in another order"), contract.messages_are_stacked),
     (Clients("another client's weight"), contract.replies_are_what_was_announced),
@@ -163,7 +168,7 @@ NEEDS_ORACLE = [
 
 RIGHT = [
     *(Mean(), Claim(), Clients(), History(), Frozen(), Svd(), Momentum(), Table(), Private()),
-    *(Folder(), Twice(), Steps()),
+    *(Folder(), Twice(), Steps(), Slow()),
 ]
 
 
@@ -180,7 +185,7 @@ def test_every_planted_bug_is_found(strategy: Strategy[Any], of: Property) -> No
 
 
 def test_there_are_at_least_20_bugs_each_another() -> None:
-    assert len(BUGS) >= 78
+    assert len(BUGS) >= 82
     assert len({repr(strategy) for strategy, _ in BUGS}) >= len(BUGS) - 1
     used = {of.__name__ for _, of in BUGS}
     assert len(used) >= 20, "the bugs need many properties, not one that refuses everything"
