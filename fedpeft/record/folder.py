@@ -95,6 +95,11 @@ class RunFolder:
         if not path.is_dir():
             beside = path.parent.iterdir() if path.parent.is_dir() else []
             runs = [p.name for p in beside if (p / _MARK).is_file()]
+            if not runs:
+                raise FedpeftError(
+                    f"{path} is not a folder, and there is no run beside it. Give the folder that "
+                    "`fedpeft run` wrote (its output.folder)."
+                )
             raise FedpeftError(f"{path} is not a folder. {suggest(path.name, runs)}")
         mark = _mark(path)
         if mark is None:

@@ -135,7 +135,7 @@ def test_open_refuses_what_is_no_run_folder(tmp_path: Path) -> None:
         RunFolder.open(tmp_path / "frist")
     with pytest.raises(FedpeftError, match=r"is not a run folder: it has no run\.json"):
         RunFolder.open(tmp_path)
-    with pytest.raises(FedpeftError, match="is not a folder"):
+    with pytest.raises(FedpeftError, match="is not a folder, and there is no run beside it"):
         RunFolder.open(tmp_path / "none" / "none")
     (tmp_path / "first" / "run.json").write_text('{"kind": "fedpeft run", "schema": 2}')
     with pytest.raises(FedpeftError, match="of schema 2, this fedpeft reads schema 1"):
