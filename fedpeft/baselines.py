@@ -121,6 +121,8 @@ def _smaller(prepared: Prepared, state: Any, index: np.ndarray) -> Score:
     sent = addressed(prepared.strategy, state, rounds, names)
     found = _collect(federation.evaluate_test(rounds, dealt, *sent))
     known = [own for own in found.values() if own.items]
+    if not known:
+        return NOTHING
     items = np.array([own.items for own in known])
     loss, accuracy = (
         float(np.average([getattr(own, name) for own in known], weights=items))

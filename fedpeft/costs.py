@@ -55,7 +55,7 @@ class Costs:
         if again.any():
             flops = np.where(again, self._flops.checkpointed().of(*parts), flops)
         flops = flops + optimizer_steps(sizes, local) * np.array([one.step for one in effort])
-        forward = np.minimum(np.array([one.forward for one in effort]), sizes)
+        forward = 2 * np.minimum(np.array([one.forward for one in effort]), sizes)
         once = (forward, forward * each[:, 0], forward * each[:, 1], pruned, adapter)
         flops = flops + self._flops.forward(1).of(*once)
         batches = batches * np.ceil(local.batch_size / self._fit.batch[clients])

@@ -242,7 +242,7 @@ def efforts(
     found, full = {}, full_rank(like)
     for client, left, rank in zip(clients, roll.work(gone).tolist(), ranks.tolist(), strict=True):
         step = 8.0 * rank * left * roll.weights
-        found[client] = Effort(1 - left, rank / full, 2 * probe, step)
+        found[client] = Effort(1 - left, rank / full, probe, step)
     return found
 
 

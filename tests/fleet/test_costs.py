@@ -57,10 +57,10 @@ def test_what_a_strategy_does_beside_training_is_counted(tmp_path: Path) -> None
         for k in (0, 1)
     ]
     mean, squares = float(lengths[0].mean()), float((lengths[0].astype(float) ** 2).mean())
-    two = model.forward(1).of(np.array([2.0]), np.array([2 * mean]), np.array([2 * squares]))
+    two = model.forward(2).of(np.array([2.0]), np.array([2 * mean]), np.array([2 * squares]))
     assert probed[0] - plain[0] == pytest.approx(float(two[0]))
     halved = costs.of(who, {1: Effort(pruned=0.5)}).flops[1]
     own = float(lengths[1].sum()), float((lengths[1].astype(float) ** 2).sum())
-    every = model.forward(1).of(np.array([1.0]), np.array([own[0]]), np.array([own[1]]), 0.5)
+    every = model.forward(2).of(np.array([1.0]), np.array([own[0]]), np.array([own[1]]), 0.5)
     assert probed[1] - halved == pytest.approx(float(every[0]))  # no more than it has
     assert probed[2:].tolist() == plain[2:].tolist()

@@ -261,7 +261,7 @@ def test_efforts_are_what_is_gone_after_this_round_and_the_rank() -> None:
         prunable = sum(p.groups * p.weights for p in parts) / weights
         for own, gone, rank in zip(efforts.values(), share.tolist(), ranks.tolist(), strict=True):
             assert own.pruned == pytest.approx(prunable * gone)
-            assert own.adapter == rank / 3 and own.forward == 10
+            assert own.adapter == rank / 3 and own.forward == 5
             assert own.step == pytest.approx(8 * rank * weights * (1 - prunable * gone))
     assert max(own.pruned for own in efforts.values()) > 0.5 * prunable
 
