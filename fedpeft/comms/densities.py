@@ -11,7 +11,7 @@ lies about its own spoils orders, and nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -86,46 +86,50 @@ class Densities(Postprocessor):
             yield reply
 
     def arrived(self, clients: Sequence[str]) -> None:
-        loss = dict(sorted(self.heard.items()))
-        if loss:
-            falls = {name: self.losses.get(name, x) - x for name, x in loss.items()}
-            sizes = torch.tensor([self.sizes[name] for name in loss])
-            self.bandits = self.bandits.closed(self.policy, seen_of_bytes(falls, sizes, self.seed))
-        self.losses |= {name: x for name, x in loss.items() if math.isfinite(x)}
+        loss = {name: x for name, x in sorted(self.heard.items()) if math.isfinite(x)}
+        falls = {name: self.losses[name] - x for name, x in loss.items() if name in self.losses}
+        if falls:
+            sizes = torch.tensor([self.sizes[name] for name in falls])
+            seen = seen_of_bytes(falls, sizes, self.seed)
+            self.bandits = self.bandits.closed(self.policy, seen)
+        self.losses |= loss
         self.heard, self.sizes = {}, {}
 
     def told(self, times: Mapping[str, float]) -> None:
         self.bandits = self.bandits.timed(self.policy, times)
 
     def memory(self) -> dict[str, Tree]:
-        agents = self.bandits.agents
-        names = sorted(agents.tables)
-        if not names:
-            return {}
-        orders = torch.tensor([agents.orders[name] for name in names], dtype=torch.float64)
-        losses = [self.losses.get(name, math.nan) for name in names]
-        return {
-            "agents": {
-                "clients": as_bytes("\n".join(names).encode()),
+        agents, losses = self.bandits.agents, dict(sorted(self.losses.items()))
+        numbers = torch.tensor(list(losses.values()), dtype=torch.float64)
+        found = {"losses": {"clients": _text(losses), "losses": numbers}} if losses else {}
+        if agents.tables:
+            names = sorted(agents.tables)
+            found["agents"] = {
+                "clients": _text(names),
                 "tables": torch.stack([agents.tables[name] for name in names]),
-                "orders": orders,
-                "losses": torch.tensor(losses, dtype=torch.float64),
+                "orders": torch.tensor([agents.orders[n] for n in names], dtype=torch.float64),
                 "round": torch.tensor(self.bandits.round),
             }
-        }
+        return found
 
     def restore(self, memory: Mapping[str, Tree]) -> None:
-        if "agents" not in memory:
-            return
-        own = memory["agents"]
-        names = bytes(own["clients"].tolist()).decode().split("\n")
-        orders = [(int(cell), u, v) for cell, u, v in own["orders"].tolist()]
-        agents = Agents(
-            dict(zip(names, own["tables"], strict=True)), dict(zip(names, orders, strict=True))
-        )
-        self.bandits = replace(self.bandits, agents=agents, round=int(own["round"]))
-        known = zip(names, own["losses"].tolist(), strict=True)
-        self.losses = {name: loss for name, loss in known if math.isfinite(loss)}
+        if "losses" in memory:
+            own = memory["losses"]
+            self.losses = dict(zip(_names(own), own["losses"].tolist(), strict=True))
+        if "agents" in memory:
+            own = memory["agents"]
+            orders = [(int(cell), u, v) for cell, u, v in own["orders"].tolist()]
+            tables = dict(zip(_names(own), own["tables"], strict=True))
+            agents = Agents(tables, dict(zip(tables, orders, strict=True)))
+            self.bandits = replace(self.bandits, agents=agents, round=int(own["round"]))
+
+
+def _text(names: Iterable[str]) -> Tensor:
+    return as_bytes("\n".join(names).encode())
+
+
+def _names(tree: Tree) -> list[str]:
+    return bytes(tree["clients"].tolist()).decode().split("\n")
 
 
 def _sizes(messages: Messages) -> dict[str, int]:
