@@ -74,7 +74,7 @@ class Postprocessor:
         """On the server: the exchange is over, and these clients' replies to it were valid."""
 
     def told(self, times: Mapping[str, float]) -> None:
-        """On the server: how long the clients of a round took, see ``Strategy.told``."""
+        """On the server, after a round that waited: how long they took, see ``Strategy.told``."""
 
     def memory(self) -> dict[str, Tree]:
         """What the server half must keep from round to round, for a checkpoint."""

@@ -3,9 +3,10 @@
 One S-UCB agent per client (``fedpeft.bandits``) chooses among ``comms.up.densities`` anew after
 every round: by the fall of the client's loss since it last took part, and by its time relative to
 the others', the fleet's where the run has one, else that of a cost model for the bytes it was sent
-and sent. The order is a scalar of what the client is sent. It encodes with that, and the server
-decodes with what it ordered, not with what a client says. Losses are the clients' own word: who
-lies about its own spoils orders, and nothing else.
+and sent. Until a client's loss was heard twice there is no fall, and it is ordered the middle one.
+The order is a scalar of what the client is sent; it encodes with that, and the server decodes with
+what it ordered, not with what a client says. Losses are the clients' own word: who lies about its
+own spoils orders, and nothing else.
 """
 
 from __future__ import annotations
@@ -88,10 +89,9 @@ class Densities(Postprocessor):
     def arrived(self, clients: Sequence[str]) -> None:
         loss = {name: x for name, x in sorted(self.heard.items()) if math.isfinite(x)}
         falls = {name: self.losses[name] - x for name, x in loss.items() if name in self.losses}
-        if falls:
-            sizes = torch.tensor([self.sizes[name] for name in falls])
-            seen = seen_of_bytes(falls, sizes, self.seed)
-            self.bandits = self.bandits.closed(self.policy, seen)
+        sizes = torch.tensor([self.sizes[name] for name in falls])
+        seen = seen_of_bytes(falls, sizes, self.seed)
+        self.bandits = self.bandits.closed(self.policy, seen)
         self.losses |= loss
         self.heard, self.sizes = {}, {}
 
@@ -101,18 +101,21 @@ class Densities(Postprocessor):
     def memory(self) -> dict[str, Tree]:
         agents, losses = self.bandits.agents, dict(sorted(self.losses.items()))
         numbers = torch.tensor(list(losses.values()), dtype=torch.float64)
-        found = {"losses": {"clients": _text(losses), "losses": numbers}} if losses else {}
+        found = {"rounds": {"count": torch.tensor(self.bandits.round)}}
+        if losses:
+            found["losses"] = {"clients": _text(losses), "losses": numbers}
         if agents.tables:
             names = sorted(agents.tables)
             found["agents"] = {
                 "clients": _text(names),
                 "tables": torch.stack([agents.tables[name] for name in names]),
                 "orders": torch.tensor([agents.orders[n] for n in names], dtype=torch.float64),
-                "round": torch.tensor(self.bandits.round),
             }
         return found
 
     def restore(self, memory: Mapping[str, Tree]) -> None:
+        if "rounds" in memory:
+            self.bandits = replace(self.bandits, round=int(memory["rounds"]["count"]))
         if "losses" in memory:
             own = memory["losses"]
             self.losses = dict(zip(_names(own), own["losses"].tolist(), strict=True))
@@ -121,7 +124,7 @@ class Densities(Postprocessor):
             orders = [(int(cell), u, v) for cell, u, v in own["orders"].tolist()]
             tables = dict(zip(_names(own), own["tables"], strict=True))
             agents = Agents(tables, dict(zip(tables, orders, strict=True)))
-            self.bandits = replace(self.bandits, agents=agents, round=int(own["round"]))
+            self.bandits = replace(self.bandits, agents=agents)
 
 
 def _text(names: Iterable[str]) -> Tensor:
