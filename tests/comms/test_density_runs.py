@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedpeft.attacks.settings import Attack
 from fedpeft.codecs.settings import Codec
 from fedpeft.comms.densities import DENSITY, Densities
 from fedpeft.comms.ledger import entries
@@ -27,6 +28,7 @@ from fedpeft.fleet.simulator import Simulator
 from fedpeft.forecast import forecast
 from fedpeft.metrics import Score
 from fedpeft.prepare import Prepared, prepare
+from fedpeft.robust.settings import Robust
 from fedpeft.run import resume, run
 from fedpeft.still import Still
 from fedpeft.strategy import addressed, available, build
@@ -37,6 +39,8 @@ from tests.workers.fake import FakePool
 
 OPTIONS = (0.02, 0.1, 0.5)
 CHOSEN = Comms(up=Codec("topk", densities=OPTIONS, positions="coo"), down=Codec("dense", "fp16"))
+
+CODED = dataclasses.replace(CHOSEN, down=Codec("topk", density=0.3))
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +227,19 @@ def test_several_workers_are_ordered_and_send_what_one_process_is(
     assert [(r.down, r.up, r.came) for r in found] == [(r.down, r.up, r.came) for r in wanted]
     assert one.bandits.agents.orders == two.bandits.agents.orders
     assert len({entry.each["index"] for entry in wanted[-1].came}) > 1
+
+
+@pytest.mark.parametrize(
+    "beside", [{"robust": Robust("median")}, {"attack": Attack("sign_flip")}, {"comms": CODED}]
+)
+def test_agents_hear_each_client_whatever_becomes_of_the_updates(
+    files: Path, tmp_path: Path, beside: dict[str, Any]
+) -> None:
+    """A rule leaves one update, attackers change theirs, requests may be coded too."""
+    prepared = prepare(recipe(files, tmp_path / "run", Fleet(), **beside))
+    reports, server = play(prepared, prepared.federation())
+    assert all(report.replied == 6 for report in reports) and len(server.losses) == 8
+    assert len({entry.each["index"] for entry in reports[-1].came}) > 1
 
 
 @pytest.mark.parametrize("name", sorted(available()))
