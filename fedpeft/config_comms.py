@@ -49,3 +49,29 @@ def check_comms(recipe: Recipe) -> None:
             f"comms.down.feedback={down.feedback}: what a change leaves out is in the next one "
             f"anyway, which goes from what clients hold. Leave comms.down.feedback out."
         )
+    if down.densities:
+        raise FedpeftError(
+            f"comms.down.densities={list(down.densities)}: what clients are sent is the same for "
+            f"all who hold the same. Set comms.down.density."
+        )
+    if up.densities:
+        _check_densities(recipe)
+
+
+def _check_densities(recipe: Recipe) -> None:
+    """Raises where the server would not see what its agents learn from."""
+    asked = {
+        f"privacy.unit={recipe.privacy.unit}": recipe.privacy.unit != "none"
+        and "agents learn from the clients' losses, which no noise covers and which do not leave",
+        "secure_aggregation.enabled=true": recipe.secure_aggregation.enabled
+        and "agents learn from each client's loss, and the server sees sums alone",
+        f"fleet.policy={recipe.fleet.policy}": recipe.fleet.asynchronous
+        and "agents compare the times of a round, and here there are none: replies count whenever "
+        "they arrive",
+    }
+    for key, why in asked.items():
+        if why:
+            raise FedpeftError(
+                f"comms.up.densities={list(recipe.comms.up.densities)} with {key}: {why}. Set "
+                f"comms.up.density in its place."
+            )

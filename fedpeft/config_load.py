@@ -268,6 +268,8 @@ def _check_value(key: str, hint: Any, value: object, origin: str) -> None:
             raise FedpeftError(f"{origin}: {key}={value!r} must be a list, e.g. [{value}]")
         for item in value:
             _check_value(key, get_args(hint)[0], item, origin)
+            if get_args(hint)[0] is float and type(item) not in (int, float):
+                raise FedpeftError(f"{origin}: {key} holds {item!r}: its items must be numbers")
     if get_origin(hint) is Literal and value not in get_args(hint):
         near = suggest(str(value), get_args(hint))
         raise FedpeftError(f"{origin}: {key}={value!r} is not an option. {near}")

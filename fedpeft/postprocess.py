@@ -73,6 +73,9 @@ class Postprocessor:
     def arrived(self, clients: Sequence[str]) -> None:
         """On the server: the exchange is over, and these clients' replies to it were valid."""
 
+    def told(self, times: Mapping[str, float]) -> None:
+        """On the server, after a round that waited: how long they took, see ``Strategy.told``."""
+
     def memory(self) -> dict[str, Tree]:
         """What the server half must keep from round to round, for a checkpoint."""
         return {}
@@ -123,6 +126,10 @@ class Chain(Postprocessor):
     def arrived(self, clients: Sequence[str]) -> None:
         for link in self.links:
             link.arrived(clients)
+
+    def told(self, times: Mapping[str, float]) -> None:
+        for link in self.links:
+            link.told(times)
 
     def memory(self) -> dict[str, Tree]:
         return {

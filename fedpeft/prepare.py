@@ -25,7 +25,7 @@ from fedpeft.cohort.gradient import Gradients
 from fedpeft.cohort.lanes import Lane, LoopLane, speed_up
 from fedpeft.cohort.self_check import check_per_example
 from fedpeft.comms.downlink import Downlink
-from fedpeft.comms.uplink import Uplink, uplink_of
+from fedpeft.comms.uplink import uplinks_of
 from fedpeft.config import Comms, Local, Privacy, Recipe, SecureAggregation
 from fedpeft.data.build import build_population, pool
 from fedpeft.data.clients import ClientData, Clients, Population
@@ -90,8 +90,7 @@ class Prepared:
         if recipe.attack.kind != "none":
             bad = attackers(recipe.attack, self.population.clients.names, recipe.seed)
             found.append(Attackers(recipe.attack, bad, recipe.seed))
-        if self.uplink is not None:
-            found.append(self.uplink)
+        found.extend(uplinks_of(recipe, self.network.digest))
         return Chain(tuple(found))
 
     @cached_property
@@ -102,11 +101,6 @@ class Prepared:
             return None
         network = self.network
         return Downlink(recipe.comms.down, recipe.seed, network.digest, network.initial)
-
-    @cached_property
-    def uplink(self) -> Uplink | None:
-        """What makes clients' replies smaller, if anything does."""
-        return uplink_of(self.recipe, self.network.digest)
 
     @property
     def remembers(self) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedpeft.cohort.clients import Memory
 from fedpeft.cohort.federation import client_weights
 from fedpeft.cohort.shelf import PREFIX, Shelf
+from fedpeft.comms.densities import alike
 from fedpeft.federation import Failure
 from fedpeft.metrics import Score
 from fedpeft.prepare import Prepared
@@ -40,8 +41,8 @@ class Still:
         return self._prepared.population.clients.roster
 
     def run(self, round: int, *stacks: Messages) -> Iterator[Messages]:
-        """What the clients reply; those of a stack all reply like the first of them."""
-        for sent in stacks:
+        """What the clients reply; those who are sent the like all reply like the first of them."""
+        for sent in (part for one in stacks for part in alike(one)):
             reply = self.reply(round, sent)
             for part in sent.split(AT_ONCE):
                 same = reply.rows([0] * len(part))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedpeft import sampling
 from fedpeft.asynchrony import Pending, Windows, check_asynchronous
+from fedpeft.comms.densities import alike
 from fedpeft.comms.ledger import entries
 from fedpeft.costs import Costs, labels_of
 from fedpeft.engine import AbortedRoundError, Lost, RoundReport, Seam, play_round
@@ -127,7 +128,10 @@ class Timed:
         times = {n: t for n, t in turn.times.items() if n not in report.excluded}
         self.fleet.deliver(self._positions(list(times)))
         self.line = turn.line(times)
-        return (strategy.told(after, times) if times else after), report
+        if not times:
+            return after, report
+        post.told(times)
+        return strategy.told(after, times), report
 
     def measured(self, score: Score) -> None:
         """Notes a score of the global test set, as of now."""
@@ -251,9 +255,9 @@ class _Turn:
         for stack in sent:
             for entry in entries(stack):
                 down.update(dict.fromkeys(entry.clients, sum(entry.each.values())))
-            up.update(
-                dict.fromkeys(stack.clients, reply_bytes(self._timed._still, self._number, stack))
-            )
+            for part in alike(stack):
+                size = reply_bytes(self._timed._still, self._number, part)
+                up.update(dict.fromkeys(part.clients, size))
         return np.array([down[n] for n in names]), np.array([up[n] for n in names])
 
 

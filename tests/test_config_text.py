@@ -175,6 +175,10 @@ def test_the_dump_is_complete_and_does_not_gain_defaults() -> None:
     as_read = {
         "baselines": (*written["baselines"],),
         "attack": {**written["attack"], "trigger": ()},
+        "comms": {
+            **written["comms"],
+            **{way: {**written["comms"][way], "densities": ()} for way in ("up", "down")},
+        },
     }
     assert {**written, **as_read} == dataclasses.asdict(recipe)
 

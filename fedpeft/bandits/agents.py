@@ -60,9 +60,14 @@ def seen_of_ranks(falls: Mapping[str, float], numbers: Tensor, seed: int) -> See
 
     numbers: how many each sends, ``[K]``; the cost model's time is that of both ways, in float32.
     """
+    return seen_of_bytes(falls, 8 * numbers, seed)
+
+
+def seen_of_bytes(falls: Mapping[str, float], sizes: Tensor, seed: int) -> Seen:
+    """What is seen of clients that prune nothing; sizes: bytes both ways, ``[K]``."""
     none, names = torch.zeros(len(falls), dtype=torch.float64), tuple(falls)
     fall = torch.tensor(list(falls.values()), dtype=torch.float64)
-    times = seconds(names, seed, none, 8 * numbers.double())
+    times = seconds(names, seed, none, sizes.double())
     return Seen(names, fall, none, none, none + 1, times, goal=1.0)
 
 

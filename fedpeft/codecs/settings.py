@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from fedpeft.errors import FedpeftError
@@ -34,6 +35,8 @@ class Codec:
     the largest of each ``block``, rounded at random without bias; ``qsgd`` in ``levels`` steps of
     the norm of each block (arXiv 1610.02132). ``powersgd`` casts only, ``compeft`` has its own.
     density: of the numbers that ``topk``, ``randk``, ``dare`` and ``compeft`` keep, above 0.
+    densities: in its place, several to choose from, ascending: the server orders each client one
+    anew after every round, by a bandit (``fedpeft.comms.densities``); uplink only.
     positions: how ``topk`` and ``compeft`` write where the kept numbers are; ``auto`` is the
     smallest for each client, or all numbers where that is smaller yet.
     scope: whether ``topk`` chooses among all numbers or in each tensor by itself.
@@ -52,6 +55,7 @@ class Codec:
     codec: Name = "none"
     values: Kind = "fp32"
     density: float = 0.1
+    densities: tuple[float, ...] = ()
     positions: Way = "auto"
     scope: Literal["all", "tensor"] = "all"
     feedback: Literal["auto", "always", "never"] = "auto"
@@ -83,6 +87,7 @@ def check_codec(settings: Codec, where: str) -> None:
     where: the key above these settings in the recipe, as ``comms.up``.
     """
     _check_ranges(settings, where)
+    _check_densities(settings, where)
     _check_meaning(settings, where)
     _check_feedback(settings, where)
 
@@ -93,10 +98,11 @@ def _check_ranges(settings: Codec, where: str) -> None:
         if not (0 < value <= 1 or (name == "rescale" and value == 0)):
             least = "0 for the density, or above 0" if name == "rescale" else "above 0"
             raise FedpeftError(f"{where}.{name}={value}: must be {least} and at most 1.")
-    if settings.codec == "dare" and 0 < settings.rescale < settings.density:
+    most = max(settings.densities, default=settings.density)
+    if settings.codec == "dare" and 0 < settings.rescale < most:
         raise FedpeftError(
             f"{where}.rescale={settings.rescale}: DAREx-q divides by a number between "
-            f"{where}.density={settings.density} and 1; 0 is the density."
+            f"{where}.density={most} and 1; 0 is the density."
         )
     if not 0 <= settings.alpha <= _MOST_ALPHA:
         raise FedpeftError(
@@ -108,12 +114,31 @@ def _check_ranges(settings: Codec, where: str) -> None:
             raise FedpeftError(f"{where}.{name}={value}: must be between 1 and {most}.")
 
 
+def _check_densities(settings: Codec, where: str) -> None:
+    """Raises for densities that leave nothing to choose."""
+    own, key = settings.densities, f"{where}.densities={list(settings.densities)}"
+    if not own:
+        return
+    ascending = all(a < b for a, b in pairwise(own))
+    if not (len(own) > 1 and own[0] > 0 and own[-1] <= 1 and ascending):
+        raise FedpeftError(
+            f"{key}: must be two numbers or more, ascending, above 0 and at most 1; for one alone "
+            f"set {where}.density."
+        )
+    if settings.density != Codec.density:
+        raise FedpeftError(
+            f"{where}.density={settings.density} with {key}: the server chooses among these. Leave "
+            f"one of the two out."
+        )
+
+
 def _check_meaning(settings: Codec, where: str) -> None:
     """Raises for a setting other than its default that the codec would not look at."""
     name, default = settings.codec, Codec()
     meant = {
         "values": name not in ("none", "compeft"),
         "density": name in SPARSE,
+        "densities": name in SPARSE,
         "positions": name in POSITIONED,
         "scope": name == "topk",
         "feedback": name != "none" or settings.feedback == "never",
@@ -155,6 +180,7 @@ def _check_feedback(settings: Codec, where: str) -> None:
 
 
 def varies(settings: Codec) -> bool:
-    """Whether a payload's length depends on the numbers in it."""
+    """Whether a payload's length depends on the numbers in it, or on what clients learn."""
     by_positions = settings.codec in POSITIONED and settings.positions not in ("bitmask", "coo")
-    return settings.codec == "dare" or settings.values == "qsgd" or by_positions
+    learned = bool(settings.densities)
+    return settings.codec == "dare" or settings.values == "qsgd" or by_positions or learned

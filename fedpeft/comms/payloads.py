@@ -127,6 +127,46 @@ class Ways:
 
 
 @dataclass(frozen=True)
+class Mixed:
+    """Payloads of one stack that are not of one kind, such as of unequal densities.
+
+    own: one after another. which, place: where client k's is, int64 ``[K]`` each.
+    """
+
+    own: tuple[Payloads, ...]
+    which: Tensor
+    place: Tensor
+
+    @staticmethod
+    def of(own: Sequence[Payloads], index: Sequence[Tensor]) -> Mixed:
+        """index: the clients of each of ``own``; together all of the stack."""
+        count = sum(map(len, index))
+        which, place = torch.zeros(2, count, dtype=torch.int64)
+        for number, at in enumerate(index):
+            which[at], place[at] = number, torch.arange(len(at))
+        return Mixed(tuple(own), which, place)
+
+    def sizes(self) -> dict[str, Tensor]:
+        """See ``Coded.sizes``; 0 where a client's payload has nothing of a kind."""
+        found: dict[str, Tensor] = {}
+        for number, one in enumerate(self.own):
+            mine = self.which == number
+            for kind, length in one.sizes().items():
+                found.setdefault(kind, torch.zeros_like(self.which))[mine] = length[
+                    self.place[mine]
+                ]
+        return found
+
+    def rows(self, index: Sequence[int]) -> Mixed:
+        """See ``Coded.rows``."""
+        return Mixed(self.own, self.which[list(index)], self.place[list(index)])
+
+    def payload(self, k: int) -> bytes:
+        """See ``Coded.payload``."""
+        return self.own[int(self.which[k])].payload(int(self.place[k]))
+
+
+@dataclass(frozen=True)
 class Counted:
     """Payloads that are elsewhere: only their lengths are known."""
 

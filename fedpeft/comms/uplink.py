@@ -10,6 +10,9 @@ send in earlier rounds, and keeps what it cannot send in this one::
 e is private memory of the client, one for each schema of replies. A reply that is lost on its way
 takes what it held with it. Both ends read the same numbers in a payload, bit for bit, so that in
 one process nothing has to be written.
+
+With ``comms.up.densities`` each client encodes with the density that it was ordered
+(``fedpeft.comms.densities``), and what it keeps carries over from one to the next.
 """
 
 from __future__ import annotations
@@ -24,11 +27,12 @@ from torch import Tensor
 from fedpeft.codecs import encode, wire
 from fedpeft.codecs.settings import Codec, feeds_back
 from fedpeft.codecs.wire import Header
-from fedpeft.comms.payloads import SLACK, Payloads, booked, read, suited
+from fedpeft.comms.densities import DENSITY, Densities, groups
+from fedpeft.comms.payloads import SLACK, Mixed, Payloads, booked, read, suited
 from fedpeft.comms.schema import Schema, applied, found, start
 from fedpeft.config import Comms, Recipe
 from fedpeft.errors import PayloadError
-from fedpeft.message import PAYLOAD, Message, Messages
+from fedpeft.message import PAYLOAD, Coded, Message, Messages
 from fedpeft.postprocess import Kept, Postprocessor
 from fedpeft.streams import derive
 from fedpeft.tree import Tree, finite_rows, row
@@ -66,23 +70,14 @@ class Uplink(Postprocessor):
         residual = self._residual(schema, wanted, before, kept, memory)
         for number, left in residual.items():
             wanted[int(number)] += left
-        symbols = tuple(
-            encode(
-                suited(self.codec, part),
-                rows,
-                part.shapes,
-                self._seeds(reply, kept.round, schema, number),
-            )
-            for number, (part, rows) in enumerate(zip(schema.parts, wanted, strict=True))
-        )
-        restored = [own.restored() for own in symbols]
+        exact = schema.untouched(reply.trees)
+        bare = replace(reply, trees=exact)
+        coded, restored = self._coded(self._orders(sent), bare, wanted, schema, kept.round)
         if residual:
             kept.remember(memory, {n: wanted[int(n)] - restored[int(n)] for n in residual})
-        exact = schema.untouched(reply.trees)
         spoilt = [rows.masked_fill(faulty.to(rows.device), math.nan) for rows in restored]
         trees = applied(schema, spoilt, before, exact)
-        header = Header(self.codec.codec, self.base, schema.digest, round=kept.round)
-        return replace(reply, trees=trees, coded=Payloads(header, schema, symbols, exact))
+        return replace(reply, trees=trees, coded=coded)
 
     def read(
         self, reply: Message, sent: Messages, like: Mapping[str, Tree], round: int
@@ -103,10 +98,67 @@ class Uplink(Postprocessor):
         wire.expect(
             header, codec=self.codec.codec, base=self.base, schema=schema.digest, round=round
         )
-        vectors, exact = read(self.codec, sections, schema)
+        [(codec, _)] = self._orders(sent)
+        vectors, exact = read(codec, sections, schema)
         trees = applied(schema, vectors, self._before(sent), exact)
         one = Messages.stack(sent.clients, [Message({}, reply.scalars, blobs)])
         return replace(one, trees=trees, coded=booked(schema, payload, sections))
+
+    def _orders(self, sent: Messages) -> list[tuple[Codec, Tensor]]:
+        """The codecs that a stack of clients encodes with, and whose they are: int64 ``[k]``.
+
+        Raises PayloadError for a density that is not of the recipe, or where one is missing.
+        """
+        options = self.codec.densities
+        if not options:
+            return [(self.codec, torch.arange(len(sent)))]
+        if DENSITY not in sent.scalars:
+            raise PayloadError(
+                f"the request has no scalar {DENSITY!r}, and comms.up.densities={options} leaves "
+                f"it to the server to order one: both need the same recipe and fedpeft"
+            )
+        found = groups(sent)
+        for value, _ in found:
+            if value not in options:
+                raise PayloadError(
+                    f"the request orders {DENSITY}={value}, which is none of "
+                    f"comms.up.densities={options}: a client obeys no other"
+                )
+        return [(replace(self.codec, density=value), at) for value, at in found]
+
+    def _coded(
+        self,
+        orders: Sequence[tuple[Codec, Tensor]],
+        bare: Messages,
+        wanted: Sequence[Tensor],
+        schema: Schema,
+        round: int,
+    ) -> tuple[Coded, list[Tensor]]:
+        """Payloads, and what is read in them by number of the part; clients of a codec at once.
+
+        bare: the replies with those trees alone that no codec touches.
+        """
+        if len(orders) == 1:
+            one = self._payloads(orders[0][0], bare, wanted, schema, round)
+            return one, [symbols.restored() for symbols in one.parts]
+        restored = [torch.empty_like(rows) for rows in wanted]
+        made = list[Payloads]()
+        for codec, at in orders:
+            own = bare.rows(at.tolist())
+            made.append(self._payloads(codec, own, [rows[at] for rows in wanted], schema, round))
+            for rows, symbols in zip(restored, made[-1].parts, strict=True):
+                rows[at] = symbols.restored()
+        return Mixed.of(made, [at for _, at in orders]), restored
+
+    def _payloads(
+        self, codec: Codec, bare: Messages, wanted: Sequence[Tensor], schema: Schema, round: int
+    ) -> Payloads:
+        symbols = tuple(
+            encode(suited(codec, part), rows, part.shapes, self._seeds(bare, round, schema, number))
+            for number, (part, rows) in enumerate(zip(schema.parts, wanted, strict=True))
+        )
+        header = Header(codec.codec, self.base, schema.digest, round=round)
+        return Payloads(header, schema, symbols, bare.trees)
 
     def _before(self, sent: Messages) -> Mapping[str, Tree]:
         """What updates are relative to, stacked."""
@@ -133,7 +185,15 @@ class Uplink(Postprocessor):
     def _seeds(self, reply: Messages, round: int, schema: Schema, number: int) -> Tensor:
         labels = (round, schema.digest, number)
         seeds = [derive(self.seed, "uplink", client, *labels) for client in reply.clients]
-        return torch.tensor(seeds, device=_device(reply))
+        return torch.tensor(seeds)
+
+
+def uplinks_of(recipe: Recipe, base: str) -> list[Postprocessor]:
+    """What is done for the recipe's codec of replies, the server's half first; maybe nothing."""
+    found, uplink = list[Postprocessor](), uplink_of(recipe, base)
+    if recipe.comms.up.densities:
+        found.append(Densities(recipe.comms.up.densities, recipe.seed))
+    return found if uplink is None else [*found, uplink]
 
 
 def uplink_of(recipe: Recipe, base: str) -> Uplink | None:

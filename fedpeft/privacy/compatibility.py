@@ -122,6 +122,12 @@ def check_compatible(recipe: Recipe, strategy: Strategy[Any]) -> None:
     for key, refusal in asked.items():
         if refusal:
             raise FedpeftError(f"{key} with strategy.name={name!r}: {refusal}.")
+    if recipe.comms.up.densities and strategy.exchanges > 1:
+        raise FedpeftError(
+            f"comms.up.densities with strategy.name={name!r}: its clients reply "
+            f"{strategy.exchanges} times a round, and agents learn from one reply: set "
+            f"comms.up.density in its place."
+        )
     if up != "none" and recipe.secure_aggregation.enabled:
         raise FedpeftError(f"comms.up.codec={up} with secure_aggregation.enabled: {MASKED}.")
     for this, on, noised in (

@@ -12,12 +12,16 @@ import torch
 from flwr.app import RecordDict
 
 from fedpeft.codecs.settings import Codec
+from fedpeft.comms.densities import DENSITY
 from fedpeft.config import Comms, Engine, Recipe, Rounds, Sampling
 from fedpeft.engine import RoundReport, Seam, play_round
+from fedpeft.federation import Failure
 from fedpeft.flower.federation import FlowerFederation, Patience
+from fedpeft.flower.records import decode
+from fedpeft.message import Messages
 from fedpeft.prepare import Prepared, prepare
 from fedpeft.privacy.compatibility import downlink_codec, uplink_codec
-from fedpeft.strategy import available, build
+from fedpeft.strategy import addressed, available, build
 from fedpeft.tree import Tree
 from tests.flower.nodes import InProcess
 from tests.tiny import tiny_recipe
@@ -89,9 +93,9 @@ def on_the_wire(grid: InProcess) -> tuple[int, int]:
     return sum(serialised(m.content) for m in down), sum(serialised(m.content) for m in up)
 
 
-def check(recipe: Recipe) -> list[RoundReport]:
+def check(recipe: Recipe, nodes: InProcess | None = None) -> list[RoundReport]:
     """Both federations agree, bit for bit and to the byte; the reports."""
-    prepared, grid = prepare(recipe), InProcess(NODES)
+    prepared, grid = prepare(recipe), nodes or InProcess(NODES)
     federation = FlowerFederation(grid, recipe, 4, patience=Patience(0.05, 5.0))
     found, reports = play(prepared, federation)
     wanted, own = play(prepared, prepared.federation())
@@ -108,6 +112,42 @@ def check(recipe: Recipe) -> list[RoundReport]:
 @pytest.mark.parametrize("name", CODECS)
 def test_replies_through_every_codec(tiny: Path, name: str) -> None:
     check(recipe_of(tiny, Comms(up=CODECS[name])))
+
+
+@pytest.mark.parametrize("name", ["topk", "randk", "dare", "compeft"])
+def test_replies_of_densities_that_the_server_orders(tiny: Path, name: Any) -> None:
+    grid = InProcess(NODES)
+    check(recipe_of(tiny, Comms(up=Codec(name, densities=(0.1, 0.3, 0.9)))), grid)
+    orders: dict[int, set[object]] = {}
+    for message in grid.seen:
+        if message.metadata.message_type == "train":
+            _, header = decode(message.content)
+            order = message.content.metric_records["scalars"][DENSITY]
+            orders.setdefault(header.round, set()).add(order)
+    assert orders[1] == {0.3} and max(map(len, orders.values())) > 1
+
+
+@pytest.mark.parametrize("order", [0.2, None])
+def test_a_client_obeys_no_other_order_and_says_which(tiny: Path, order: float | None) -> None:
+    """One client of a round; the others' replies count."""
+    recipe = recipe_of(tiny, Comms(up=Codec("topk", densities=(0.1, 0.3))))
+    prepared, grid = prepare(recipe), InProcess(NODES)
+    federation = FlowerFederation(grid, recipe, 4, patience=Patience(0.05, 5.0))
+    [one] = addressed(
+        prepared.strategy,
+        prepared.strategy.init(prepared.problem),
+        1,
+        tuple(federation.clients()),
+    )
+    good, bad = prepared.post.announce(one.rows([0, 1])), one.rows([2])
+    if order is not None:
+        wrong = torch.tensor([order], dtype=torch.float64)
+        bad = dataclasses.replace(bad, scalars={**bad.scalars, DENSITY: wrong})
+    found = list(federation.run(1, good, bad))
+    assert [isinstance(reply, Messages) for reply in found] == [True, True, False]
+    assert isinstance(found[2], Failure) and found[2].client == one.clients[2]
+    assert f"orders {DENSITY}=0.2" in found[2].reason or order is None
+    assert DENSITY in found[2].reason and "comms.up.densities=(0.1, 0.3)" in found[2].reason
 
 
 @pytest.mark.parametrize("name", CODECS)
