@@ -108,8 +108,8 @@ class Effort:
     """What a client's training costs, beside that of the whole model with the whole adapter.
 
     pruned: share of the frozen base's products that it does not run, at least 0 and below 1.
-    adapter: share of the adapter's weights that it trains, above 0 and at most 1. forward: examples,
-    at most those that it has, whose loss it computes before training, and again after it. step:
+    adapter: share of the adapter's weights that it trains, above 0 and at most 1. forward: examples
+    (at most all that it has) whose loss it computes before training, and again after it. step:
     FLOPs of every optimizer step beside the model's.
     """
 

@@ -263,7 +263,8 @@ RANGES: dict[str, tuple[list[object], list[object]]] = {
 }
 BOUNDS = {
     "at least 0": "seed data.limit local.steps evaluation.most evaluation.sample "
-    "evaluation.local_test engine.chunk engine.threads engine.workers privacy.max_rounds rounds.aborts",
+    "evaluation.local_test engine.chunk engine.threads engine.workers privacy.max_rounds "
+    "rounds.aborts",
     "at least 1": "data.max_length partition.classes partition.shards partition.min_examples "
     "rounds.count rounds.sampling.size rounds.sampling.groups local.batch_size local.accumulate "
     "evaluation.every output.checkpoint_every output.keep",
