@@ -115,13 +115,13 @@ class HetLoRA(Strategy[State]):
         return self._chosen(after, stacks) if self.bandit else after
 
     def _chosen(self, state: State, stacks: Sequence[Messages]) -> State:
-        """Every client that was there has its next rank."""
+        """Every client whose loss was known before has its next rank."""
         loss = {
             c: x for s in stacks for c, x in zip(s.clients, s.scalars["loss"].tolist(), strict=True)
         }
-        last = {c: state.losses.get(c, x) - x for c, x in loss.items()}
-        size = [float(numel(lead(state.adapter, state.ranks[c]))) for c in loss]
-        seen = seen_of_ranks(last, torch.tensor(size), state.bandits.seed)
+        fall = {c: state.losses[c] - x for c, x in loss.items() if c in state.losses}
+        size = [float(numel(lead(state.adapter, state.ranks[c]))) for c in fall]
+        seen = seen_of_ranks(fall, torch.tensor(size), state.bandits.seed)
         bandits = state.bandits.closed(self._policy(state), seen)
         return self._next(replace(state, bandits=bandits, losses=state.losses | loss))
 
