@@ -28,13 +28,15 @@ DICTATED = re.compile(
 
 
 def variants(name: str) -> list[dict[str, str]]:
-    """Every combination of a strategy's literal settings."""
-    choices = {
+    """A strategy's literal settings: the first value of each, and every other one in its turn."""
+    choices: dict[str, tuple[str, ...]] = {
         key: get_args(hint)
         for key, hint in get_type_hints(load(name)).items()
         if get_origin(hint) is Literal
     }
-    return [dict(zip(choices, one, strict=True)) for one in itertools.product(*choices.values())]
+    first = {key: values[0] for key, values in choices.items()}
+    others = [first | {key: one} for key, values in choices.items() for one in values[1:]]
+    return [first, *others]
 
 
 CASES = [
