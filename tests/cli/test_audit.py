@@ -102,7 +102,7 @@ def test_json_is_one_object_for_each_attack(acted: list[Settings]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nosuch"], "nosuch is not a folder."),
+        (["nosuch"], "nosuch is not a folder, and there is no run beside it."),
         (["{run}", "--canaries", "1"], "canaries=1: at least 10 are needed"),
     ],
 )
