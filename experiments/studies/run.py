@@ -66,7 +66,7 @@ def virtual(lines: list[dict[str, Any]]) -> dict[str, Any]:
     trained = [line for line in lines if line["kind"] == "round"]
     return {
         "rounds": [round(line["seconds"], 4) for line in rounds],
-        "idle": [round(line["idle"], 4) for line in rounds],
+        "idle": [round(line["idle"], 4) for line in rounds if line["idle"] is not None],
         "curve": [[round(at[n], 4), round(own, 5)] for n, own in scores if n in at],
         "figures": [line["figures"] for line in trained if "figures" in line][-1:],
     }
