@@ -40,6 +40,11 @@ def spread(values: list[float], places: int = 0, times: float = 1.0) -> str:
     return text + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
 
 
+def seconds(values: list[float]) -> str:
+    """As ``spread``, with two places where all are short."""
+    return spread(values, 0 if max(v for v in [0.0, *values] if v == v) > 20 else 2)
+
+
 def rows_of(
     runs: dict[str, list[dict[str, Any]]], against: str, targets: list[float]
 ) -> list[list[str]]:
@@ -55,17 +60,16 @@ def rows_of(
             cell,
             str(len(own)),
             spread([r["accuracy"]["own"] for r in own], 1, 100),
-            spread([sum(r["fleet"]["rounds"]) for r in own]),
+            seconds([sum(r["fleet"]["rounds"]) for r in own]),
         ]
         for target in targets:
             when = {r["seed"]: reached(r["fleet"]["curve"], target) for r in own}
-            places = 0 if max(v for v in [0.0, *when.values()] if v == v) > 20 else 2
             both = [
                 reached(other[seed]["fleet"]["curve"], target) / own_time
                 for seed, own_time in when.items()
                 if seed in other and cell != base
             ]
-            line += [spread([*when.values()], places), spread(both, 2)]
+            line += [seconds([*when.values()]), spread(both, 2)]
         idle = [r["fleet"]["idle"] for r in own]
         gone = [f.get("gone_mean", 0.0) for r in own for f in r["fleet"]["figures"]]
         line.append(spread([statistics.mean(v) for v in idle], 0, 100))
