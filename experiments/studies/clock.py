@@ -14,6 +14,7 @@ import importlib.util
 import math
 import statistics
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -78,13 +79,12 @@ def rows_of(
     return lines
 
 
-def _read(study: str) -> dict[str, list[dict[str, Any]]]:
+def _table() -> ModuleType:
     spec = importlib.util.spec_from_file_location("table", HERE / "table.py")
     assert spec is not None and spec.loader is not None
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
-    found: dict[str, list[dict[str, Any]]] = table.read(study)
-    return found
+    return table
 
 
 def main() -> None:
@@ -93,9 +93,15 @@ def main() -> None:
     parser.add_argument("--against", required=True)
     parser.add_argument("--targets", nargs="+", type=float, required=True)
     asked = parser.parse_args()
-    head, *table = rows_of(_read(asked.study), asked.against, asked.targets)
-    for line in (head, ["---"] * len(head), *table):
-        print("| " + " | ".join(line) + " |")
+    if not (HERE / asked.study / "results.jsonl").exists():
+        parser.error(f"{asked.study}: no study with results in {HERE}. Run run.py {asked.study}.")
+    table = _table()
+    runs: dict[str, list[dict[str, Any]]] = table.read(asked.study)
+    if any("fleet" not in run for own in runs.values() for run in own):
+        parser.error(f"{asked.study} was run without a fleet, so without a clock: use table.py.")
+    if "*" not in asked.against and asked.against not in runs:
+        parser.error(f"--against {asked.against!r} is no cell with results: {', '.join(runs)}")
+    table.show(rows_of(runs, asked.against, asked.targets))
 
 
 if __name__ == "__main__":

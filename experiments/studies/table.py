@@ -69,15 +69,20 @@ def rows_of(runs: dict[str, list[dict[str, Any]]], against: str, clients: int) -
     return lines
 
 
+def show(lines: list[list[str]]) -> None:
+    """Prints a table in Markdown, its head first."""
+    head, *table = lines
+    for line in (head, ["---"] * len(head), *table):
+        print("| " + " | ".join(line) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("study")
     parser.add_argument("--against", default="fedavg")
     parser.add_argument("--clients", type=int, default=10, help="to divide the bytes by")
     asked = parser.parse_args()
-    head, *table = rows_of(read(asked.study), asked.against, asked.clients)
-    for line in (head, ["---"] * len(head), *table):
-        print("| " + " | ".join(line) + " |")
+    show(rows_of(read(asked.study), asked.against, asked.clients))
 
 
 if __name__ == "__main__":
